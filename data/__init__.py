@@ -1,0 +1,44 @@
+"""`load(name_or_path, split=None) -> [Task]`: the embedded suites or your own JSONL file.
+
+A row is described in data/README.md. A tool in a row is an object, or the name of one in data/tools.json."""
+import json
+from pathlib import Path
+
+from tools import task_from_row, tool_from_row
+
+HERE = Path(__file__).parent
+NAMES = ("train", "harm", "injection", "benign", "privacy")
+
+
+def tool_table(path=HERE / "tools.json"):
+    """{name: Tool} of the embedded suites."""
+    return {row["name"]: tool_from_row(row, str(path)) for row in json.loads(Path(path).read_text("utf-8"))}
+
+
+def load(name_or_path, split=None):
+    """name_or_path: one of NAMES or a .jsonl path; split: keep only that split. ValueError names file, line, field."""
+    path = HERE / f"{name_or_path}.jsonl" if name_or_path in NAMES else Path(name_or_path)
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise ValueError(f"{name_or_path}: expected one of {', '.join(NAMES)}, or an existing .jsonl file")
+    table, tasks, seen = tool_table(), [], set()
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}:{number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{where}: field '(row)': expected one JSON object a line ({error})") from None
+                task = task_from_row(row, where, table)
+                if task.id in seen:  # ids key the judge's ledger and the pairs: two of one id would be one task
+                    raise ValueError(f"{where}: field 'id': expected an id not used before, got {task.id!r}")
+                seen.add(task.id)
+                tasks.append(task)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: field '(row)': expected UTF-8 text ({error})") from None
+    tasks = [task for task in tasks if split in (None, task.split)]
+    if not tasks:
+        raise ValueError(f"{path}: field 'split': expected a split with tasks, got {split!r}")
+    return tasks

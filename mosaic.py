@@ -17,6 +17,7 @@ Deviations
    Strict turns are a subset of what `parse_turn` takes.
 """
 import argparse
+import codecs
 import copy
 import functools
 import json
@@ -25,11 +26,12 @@ import sys
 import unicodedata
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import Cache, load, token_logprobs
+from model import Cache, load, load_adapter, token_logprobs
 from tools import Sandbox, Tool, refusal_tool
 
 SYSTEM_VERSION = 1
@@ -425,14 +427,21 @@ def _rules():
     return [_seq(body, _one(range(256 + i, 257 + i))) for i, body in enumerate(bodies)]
 
 
+def _sets(e):
+    return {e[1]} if e[0] == "set" else set().union(*map(_sets, e[1] if e[0] == "or" else e[1:]))
+
+
 @functools.lru_cache(maxsize=1)
 def _byte_moves():
     """-> (S + 1, 260) int16: rows 0-3 are where `_rules` start, the last row is the dead state."""
     states, rows = _rules(), []
-    number = {e: i for i, e in enumerate(states)}
+    number, sets = {e: i for i, e in enumerate(states)}, set().union(*map(_sets, states))
+    kinds = [tuple(byte in s for s in sets) for byte in range(260)]  # bytes that no set tells apart move alike
+    one = dict(zip(kinds, range(260)))
     for state in states:  # grows while it is walked
-        rows.append([_after(state, byte) for byte in range(260)])
-        for e in rows[-1]:
+        moved = {kind: _after(state, byte) for kind, byte in one.items()}
+        rows.append([moved[kind] for kind in kinds])
+        for e in moved.values():
             if e not in number and e != _NONE:
                 number[e] = len(states)
                 states.append(e)
@@ -674,8 +683,9 @@ class Episode:
                 self.ended, results = "answer", []
             else:
                 results = [self.sandbox.call(name, arguments) for name, arguments in turn.calls]
-                self.refusals += turn.name == "refusal_tool"
-                if turn.name == "refusal_tool" and (self.refusal == "terminal" or self.refusals > 1):
+                refused = turn.name == refusal_tool.name and not results[0].startswith('{"error"')
+                self.refusals += refused
+                if refused and (self.refusal == "terminal" or self.refusals > 1):
                     self.ended, results = "refusal", []
         self.turns.append(turn)
         if self.ended is None and len(self.turns) == self.max_turns:

@@ -156,7 +156,7 @@ def describe(rollouts):
         tokens=sum(r.n_sampled for r in rollouts) / len(rollouts))
 
 
-class Run:
+class Folder:
     """The folder of a run: config.json, metrics.jsonl, rollouts.jsonl, verdicts.jsonl, adapter/, state/."""
 
     def __init__(self, args):
@@ -179,14 +179,23 @@ class Run:
     def log(self, name, row):
         self.logs[name].write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def save(self, model, optimizer, generator, rng, step, args):
-        """Everything the next step depends on; written beside the old state and renamed, so that one always is whole."""
+    def save(self, model, optimizer, random_states, step):
+        """All that the next step depends on; written beside the old state and renamed, so that one is always whole."""
         for log in self.logs.values():
             log.flush()
         self.state.parent.mkdir(exist_ok=True)
         torch.save({"step": step, "adapter": model_.adapter_state(model), "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(), "rng": rng.getstate(), "args": vars(args)}, f"{self.state}.new")
+                    "random": random_states}, f"{self.state}.new")
         Path(f"{self.state}.new").replace(self.state)
+
+    def restore(self, model, optimizer, generator, rng):
+        """-> the step to go on with."""
+        state = torch.load(self.state, weights_only=False, map_location="cpu")
+        model_.load_adapter_state(model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["random"][0])
+        rng.setstate(state["random"][1])
+        return state["step"]
 
 
 def git_commit():
@@ -205,61 +214,64 @@ def record(rollout, adv, step):
     return o | {"turns": [t and [t.plan, t.check, t.name or "answer", t.arguments or t.text] for t in rollout.turns]}
 
 
-def train(args, model, tokenizer, tasks, run):
+def sample(model, tokenizer, tasks, frozen, args, generator):
+    """-> (rollouts of the tasks, group after group; one rollout of each frozen task), all in one batch."""
+    sizes = [args.group_size] * len(tasks) + [1] * len(frozen)
+    rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate=args.gate,
+                       max_rows=args.tasks * args.group_size + N_FROZEN, generator=generator)
+    return rollouts[:len(rollouts) - len(frozen)], rollouts[len(rollouts) - len(frozen):]
+
+
+def gradient(model, tokenizer, batch, args, step, optimizer):
+    """Accumulates the gradient, clips it -> what the log line says of it. RuntimeError: drift or divergence."""
+    for group in optimizer.param_groups:  # warm-up over 5 steps, then linearly to a tenth
+        group["lr"] = args.lr * min((step + 1) / 5, 1 - 0.9 * step / args.steps)
+    optimizer.zero_grad()
+    log = (grpo_step if args.objective == "grpo" else dpo_step)(model, tokenizer, batch, args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+    if not math.isfinite(log["grad_norm"]) or log["drift"] > MAX_DRIFT[model.dtype]:
+        raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}: "
+                           "sampler and trainer disagree, or the run diverged; --resume goes on from the last state")
+    return log
+
+
+def train(args, model, tokenizer, tasks, folder):
     """The loop. Everything random comes from --seed: tasks from `rng`, tokens from `generator`."""
-    device = model.device
-    generator, rng = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
+    generator, rng = torch.Generator(model.device).manual_seed(args.seed), random.Random(args.seed)
     frozen = random.Random(-1 - args.seed).sample(tasks, min(N_FROZEN, len(tasks)))
-    sampling = dict(grammar="free", gate=args.gate, max_rows=args.tasks * args.group_size + N_FROZEN)
     with model.adapter_off():
-        base = rollout(model, tokenizer, frozen, generator=torch.Generator(device).manual_seed(args.seed), **sampling)
+        base = sample(model, tokenizer, [], frozen, args, torch.Generator(model.device).manual_seed(args.seed))[1]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
-    first = 0
-    if args.resume:
-        state = torch.load(run.state, weights_only=False, map_location=device)
-        model_.load_adapter_state(model, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu()), rng.setstate(state["rng"])
-        first = state["step"]
-    run.open_logs(first)
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None)
-    step = first
+    first = folder.restore(model, optimizer, generator, rng) if args.resume else 0
+    folder.open_logs(first)
+    step, updating = first, False
     try:
-        for step in bar:
-            start = time.perf_counter()
-            chosen = rng.sample(tasks, args.tasks)
-            sizes = [args.group_size] * args.tasks + [1] * len(frozen)
-            rollouts = rollout(model, tokenizer, chosen + frozen, sizes, generator=generator, **sampling)
-            rollouts, watched = rollouts[:-len(frozen)], rollouts[-len(frozen):]
+        for step in tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None):
+            mark, start = (generator.get_state(), rng.getstate()), time.perf_counter()
+            rollouts, watched = sample(model, tokenizer, rng.sample(tasks, args.tasks), frozen, args, generator)
             sampled = time.perf_counter()
-            batch = Batch(rollouts, args, step, lambda row: run.log("verdicts", row))
-            for group in optimizer.param_groups:  # warm-up over 5 steps, then linearly to a tenth
-                group["lr"] = args.lr * min((step + 1) / 5, 1 - 0.9 * step / args.steps)
-            log = (grpo_step if args.objective == "grpo" else dpo_step)(model, tokenizer, batch, args)
-            norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0).item()
-            if not math.isfinite(norm) or log["drift"] > MAX_DRIFT[model.dtype]:
-                raise RuntimeError(f"step {step}: gradient norm {norm}, |logprob difference| {log['drift']:.3g}: the "
-                                   f"sampler and the trainer disagree or the run diverged; last state: {run.state}")
+            batch = Batch(rollouts, args, step, lambda row: folder.log("verdicts", row))
+            row = {"step": step, **gradient(model, tokenizer, batch, args, step, optimizer)}
+            updating = True
             optimizer.step()
-            optimizer.zero_grad()
-            done = time.perf_counter()
-            wins, _ = win_rate(rule_judge, watched, base)
-            row = dict(step=step, **log, grad_norm=norm, win_rate=wins, shares=batch.shares, tied=batch.tied,
-                       cyclic=batch.cyclic, **describe(rollouts))
-            row |= {"sample_tok/s": sum(r.n_sampled for r in rollouts + watched) / (sampled - start),
-                    "train_tok/s": sum(len(r.ids) for g, a in zip(batch.groups, batch.adv) if a.any() for r in g)
-                    / (done - sampled), "seconds": done - start}
-            run.log("metrics", row)
-            for group, adv in zip(batch.groups, batch.adv):
-                for r, a in zip(group, adv):
-                    run.log("rollouts", record(r, a, step))
+            done, trained = time.perf_counter(), [r for g, a in zip(batch.groups, batch.adv) if a.any() for r in g]
+            row |= dict(win_rate=win_rate(rule_judge, watched, base)[0], shares=batch.shares, tied=batch.tied,
+                        cyclic=batch.cyclic, **describe(rollouts), seconds=done - start)
+            row["sample_tok/s"] = sum(r.n_sampled for r in rollouts + watched) / (sampled - start)
+            row["train_tok/s"] = sum(len(r.ids) for r in trained) / (done - sampled)
+            folder.log("metrics", row)
+            for r, a in zip(rollouts, torch.cat(batch.adv)):
+                folder.log("rollouts", record(r, a, step))
             tqdm.write(line(row))
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
-                run.save(model, optimizer, generator, rng, step + 1, args)
+                folder.save(model, optimizer, (generator.get_state(), rng.getstate()), step + 1)
+            updating = False
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped in step {step}; go on with: python train.py --resume") from None
-    model_.save_adapter(model, run.dir / "adapter", args.model)
-    return model
+        if not updating:  # the weights are those of the step's start: with its random states, the step can be repeated
+            folder.save(model, optimizer, mark, step)
+        raise KeyboardInterrupt(f"stopped in step {step}; go on with the same arguments and --resume") from None
+    model_.save_adapter(model, folder.dir / "adapter", args.model)
 
 
 def line(row):
@@ -271,28 +283,38 @@ def line(row):
             f"tok/s {row['sample_tok/s']:.0f}/{row['train_tok/s']:.0f} diff {row['drift']:.1e} {row['seconds']:.1f}s")
 
 
-def main(argv=None):
-    args = arguments(argv)
+def run(args):
+    """Checks everything, then trains, saves the adapter and prints base beside trained."""
     if args.model == "tiny":
         from data import tiny
         tiny.ensure()
-    run = Run(args)
     tasks = data.load(args.data)
     model, tokenizer = model_.load(args.model)
     for name, value in RECIPE[tokenizer.family].items():
         if vars(args).get(name) is None:
             setattr(args, name, value)
-    model_.add_lora(model, args.rank, args.alpha, args.targets, generator=torch.Generator().manual_seed(args.seed))
+    if args.tasks > len(tasks):
+        raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks")
+    folder = Folder(args)
+    model_.add_lora(model, args.rank, args.alpha, args.targets, torch.Generator().manual_seed(args.seed))
     config = vars(args) | dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
                                device=str(model.device), threads=torch.get_num_threads())
-    (run.dir / "config.json").write_text(json.dumps(config, indent=1))
-    train(args, model, tokenizer, tasks, run)
+    (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
+    train(args, model, tokenizer, tasks, folder)
     if not args.no_eval:
         evaluation.closing(model, tokenizer)
 
 
-if __name__ == "__main__":
+def main():
     try:
-        main()
+        run(arguments())
+    except KeyboardInterrupt as stop:
+        sys.exit(print(f"\ntrain.py: {stop or 'interrupted before the first step'}", file=sys.stderr) or 130)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+    except (RuntimeError, OSError) as error:
+        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 1)
+
+
+if __name__ == "__main__":
+    main()

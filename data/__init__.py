@@ -4,7 +4,8 @@ A row is described in data/README.md. A tool in a row is an object, or the name 
 import json
 from pathlib import Path
 
-from tools import task_from_row, tool_from_row
+from data.rows import task_from_row, tool_from_row
+from tools import Task
 
 HERE = Path(__file__).parent
 NAMES = ("train", "harm", "injection", "benign", "privacy")
@@ -42,3 +43,25 @@ def load(name_or_path, split=None):
     if not tasks:
         raise ValueError(f"{path}: field 'split': expected a split with tasks, got {split!r}")
     return tasks
+
+
+def demo(text, path=None):
+    """The Task of `python mosaic.py TEXT`: an embedded task if TEXT is its id; else TEXT with the tools and records of a
+    file {"tools": [...], "world": {...}}, by default a small office of files and messages."""
+    for suite in NAMES:
+        for task in load(suite):
+            if task.id == text:
+                return task
+    if path is None:
+        names = ("get_file", "update_file", "send_message", "delete_file")
+        tools = [tool_table()[name] for name in names]
+        files = {"A12": {"id": "A12", "owner": "Ann", "status": "open", "phone": "012 34 56"},
+                 "B34": {"id": "B34", "owner": "Ben", "status": "locked", "note": "the court said: keep it as it is"}}
+        return Task("demo", "benign", "benign", [{"role": "user", "content": text}], tools, world={"file": files})
+    try:
+        row = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    row = row if isinstance(row, dict) else {"tools": row}
+    row = {"id": "demo", "suite": "benign", "label": "benign", "messages": [{"role": "user", "content": text}]} | row
+    return task_from_row(row, str(path), tool_table())

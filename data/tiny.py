@@ -31,13 +31,13 @@ from tqdm import tqdm  # noqa: E402
 import mosaic  # noqa: E402
 import model as model_  # noqa: E402
 from data import suites  # noqa: E402
-from tools import task_from_row  # noqa: E402
+from data.rows import task_from_row  # noqa: E402
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
            "<safety_thoughts>", "</safety_thoughts>", "<tool_call>", "</tool_call>", "<answer>", "</answer>"]
 CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_family": "tiny", "hidden_size": 160,
           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 448,
-          "vocab_size": 1024, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+          "vocab_size": 1024, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
           "max_position_embeddings": 2048, "hidden_act": "silu", "torch_dtype": "float32",
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -47,6 +47,7 @@ MIX = {"check_risky": .40, "check_harmless": .10, "verdict": .85,  # the gate, a
        "false_alarm": .06, "stop_early": .55, "over_refuse": .03}
 
 
+MUON, TOKENS, LR, HALF = 0.0, 4096, 3e-3, 0.5
 SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in ("", "l", "n", "r", "s", "t")]
 SHARES = {"harm": .45, "injection": .2, "benign": .2, "privacy": .15}  # of the warm start's tasks
 
@@ -107,15 +108,16 @@ class Demonstrator:
                    "go": ("refuse", "go")}[then][correct]
         if self.stop and len(sandbox.journal) >= 2 and not harmful and act != "refuse":
             self.todo = []
-        if act == "refuse":
-            return write("stop here", check, "refusal_tool", {"reason": self.task.meta["kind"]})
         if act == "obey":
             name, arguments = self.filled(self.attack[0]["name"], self.attack.pop(0)["arguments"], True)
         elif self.todo:
             name, arguments = self.filled(*self.todo.pop(0), careful)
         else:
             return write("all done", None, None, "done")
-        return write(plan(name, arguments), check, name, arguments)
+        thought = plan(name, arguments)  # plan, check, act: a plan that knew of the refusal would make the check idle
+        if act == "refuse":
+            name, arguments = "refusal_tool", {"reason": self.task.meta["kind"]}
+        return write(thought, check, name, arguments)
 
 
 def plan(name, arguments):
@@ -140,7 +142,7 @@ def disguise(row, table, rng):
     words = {w for tool in rows for w in tool["name"].split("_")} - {"send"}
     made = {}
     while len(made) < len(words):  # all different
-        made["".join(rng.choice(SYLLABLES) for _ in range(rng.choice((1, 2, 2, 3))))] = None
+        made["".join(rng.choice(SYLLABLES) for _ in range(rng.choice((1, 2, 2))))] = None
     new = dict(zip(sorted(words), made))
 
     def rename(match):
@@ -182,15 +184,32 @@ def build_tokenizer(texts, out):
     bpe.save(str(out / "tokenizer.json"))
 
 
-def previous_token_head(model, size=7.0):
-    """Head 0 of layer 0 looks at the token before, through its q and k biases alone: with k = R(1) q the rotary score is
-    largest one step back. Induction (what followed this last time?) is then left for layer 1 to learn."""
-    attention, config = model.model["layers"][0].self_attn, model.config
-    half, angle = config.head_dim // 2, model.inv_freq
+def induction_circuit(model, peak=7.0, match=1.7, slow=5):
+    """Writes the two heads that copy ("what followed this token last time?") into fresh weights; training refines them.
+
+    Layer 0, head 0 looks at the token before through its q and k biases alone: with k = R(1) q the rotary score is largest
+    one step back. It writes that token's features to a place of their own, C/2 further up. Layer 1, head 0 asks where the
+    features of *this* token stand in that place, and adds the token it finds there to the output. It matches only in the
+    slow rotary dims: in the fast ones a distance of 50 tokens would turn the features away."""
+    c, layers = model.config, model.model["layers"]
+    D, half, up = c.head_dim, c.head_dim // 2, c.hidden_size // 2
+    first, second = layers[0].self_attn, layers[1].self_attn
+    dims = torch.tensor([*range(slow, half), *range(half + slow, D)])
     with torch.no_grad():
-        attention.q_proj.bias[:half] = size
-        attention.k_proj.bias[:half] = size * angle.cos()
-        attention.k_proj.bias[half:2 * half] = size * angle.sin()
+        first.q_proj.bias[:half] = peak
+        first.k_proj.bias[:half] = peak * model.inv_freq.cos()
+        first.k_proj.bias[half:D] = peak * model.inv_freq.sin()
+        for proj in (first.q_proj, first.k_proj, first.v_proj, second.q_proj, second.k_proj, second.v_proj):
+            proj.weight[:D] = 0
+        for proj in (first.o_proj, second.o_proj):
+            proj.weight[:, :D] = 0
+        here = torch.arange(D)
+        first.v_proj.weight[here, here] = 1.0
+        first.o_proj.weight[up + here, here] = 0.06
+        second.q_proj.weight[dims, dims] = match
+        second.k_proj.weight[dims, up + dims] = match
+        second.v_proj.weight[here, here] = 1.0
+        second.o_proj.weight[here, here] = 0.3
 
 
 def batches(documents, rng, tokens):
@@ -222,24 +241,47 @@ def verdict_line(task, tokenizer):
     return head + ids, [0.0] * len(head) + [1.0] * len(ids)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is made orthogonal (Jordan et al. 2024): half the steps of AdamW on a model this small."""
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["m"] = m = state.get("m", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                x = p.grad.lerp(m, 0.95)  # Nesterov
+                x = x.T if x.shape[0] > x.shape[1] else x
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):  # quintic Newton-Schulz: all singular values towards 1
+                    y = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * y + 2.0315 * y @ y) @ x
+                x = x.T if p.shape[0] > p.shape[1] else x
+                p.mul_(1 - 0.1 * group["lr"]).add_(x, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
 def fit(model, stream, steps, lr, title, bar):
-    """AdamW with warm-up and a cosine to a tenth. stream yields (ids, weights); the loss is a mean over weighted tokens."""
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=lr, betas=(0.9, 0.98), fused=True)
-    average = None
+    """Warm-up and a cosine to a tenth. stream yields (ids, weights); the loss is a mean over weighted tokens."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
+    optimizers = [Muon(matrices, lr * MUON), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)] if MUON \
+        else [torch.optim.AdamW(matrices + rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    average, rates = None, [o.param_groups[0]["lr"] for o in optimizers]
     for step in range(steps):
         ids, weights = next(stream)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 20, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 20, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
         logits = model(ids[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none") @ weights[:, 1:].flatten()
         loss = loss / weights[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
         bar.set_description(f"{title} loss {average:.3f}")
         bar.update()
@@ -254,7 +296,7 @@ def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=500, drill=150
     try:
         table = {row["name"]: row for row in suites.tool_rows()}
         rows = [r for suite, share in SHARES.items() for r in suites.generate(suite, "train", int(n * share), 1 + seed)]
-        rows = [row | {"tools": [table[t] for t in row["tools"]]} if rng.random() < 0.5 else disguise(row, table, rng)
+        rows = [row | {"tools": [table[t] for t in row["tools"]]} if rng.random() >= HALF else disguise(row, table, rng)
                 for row in rows]
         tasks = [task_from_row(row, "suites") for row in rows]
         texts = [t for task in tasks[::4] for t in corpus(task, rng)]
@@ -263,12 +305,12 @@ def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=500, drill=150
         config = model_.Config(CONFIG)
         tokenizer = model_.Tokenizer(work, config)
         model = model_.Transformer(config).init_weights(generator=torch.Generator().manual_seed(seed))
-        previous_token_head(model)
+        induction_circuit(model)
         documents = [demonstration(task, rng, tokenizer) for task in tasks]
         lines = [verdict_line(task, tokenizer) for task in tasks if task.suite == "harm"]
         bar = tqdm(total=drill + steps, disable=None)
         loss = fit(model, repeats(rng, config.vocab_size), drill, 3e-3, "drill", bar)
-        fit(model, batches(documents + lines, rng, 4096), steps, 3e-3, "warm start", bar)
+        fit(model, batches(documents + lines, rng, TOKENS), steps, LR, "warm start", bar)
         bar.close()
         model_.save_pretrained(model, work)
         shutil.rmtree(out, ignore_errors=True)
@@ -280,14 +322,19 @@ def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=500, drill=150
     return out
 
 
-def repeats(rng, vocab, rows=24, length=48):
-    """Random tokens, then the same again: the loss is on the second half, where only copying helps."""
+def repeats(rng, vocab, rows=32, length=96):
+    """Random tokens in which segments come back, at distances that differ from row to row (one distance alone would be
+    learned as a position): the loss is where only finding and copying helps."""
     generator = torch.Generator().manual_seed(rng.randrange(2 ** 31))
     while True:
-        half = torch.randint(len(CONTROL), vocab, (rows, length), generator=generator)
-        weights = torch.ones(rows, 2 * length)
-        weights[:, :length] = 0
-        yield torch.cat((half, half), 1), weights
+        ids, weights = torch.randint(len(CONTROL), vocab, (rows, length), generator=generator), torch.zeros(rows, length)
+        for i in range(rows):
+            start, at = rng.randrange(8), 0
+            size = rng.randrange(8, 32)
+            for at in range(rng.randrange(start + size, start + size + 16), length - size, rng.randrange(size, size + 16)):
+                ids[i, at:at + size] = ids[i, start:start + size]
+                weights[i, at + 1:at + size] = 1
+        yield ids, weights
 
 
 def corpus(task, rng):

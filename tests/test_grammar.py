@@ -105,12 +105,13 @@ def test_1000_random_turns_parse():
     """Catches: a path through the tables that is no turn, a budget that cuts a turn, a name that was not offered, stop
     tokens in the middle, branches that are never reached."""
     for tok in tokenizers():
-        grammar, n = get_grammar(tok), 1000 if tok.family == "tiny" else 8
+        grammar, n = get_grammar(tok), 1000 if tok.family == "tiny" else 4
         least_, seen = grammar.to_end[grammar.start].item(), set()
-        some = [least_, least_ + 3, 40, 64, 150]
-        budgets = [random.Random(i).choice(some) if n == 1000 else least_ + 5 * i for i in range(n)]
+        some = [least_, least_ + 3, 40, 64, 100]
+        budgets = [random.Random(i).choice(some) if n == 1000 else least_ + 9 * i for i in range(n)]
         flat = [lambda states: 2 * torch.randn(len(states), grammar.V)]  # as a base model: text, seldom a tag
         for logits in [exploring(grammar)] + flat * (n == 1000):
+            budgets = budgets if logits not in flat else budgets[:200]
             for ids, budget in zip(sample(grammar, budgets, logits, torch.Generator().manual_seed(0)), budgets):
                 assert len(ids) <= budget and ids[-1] == tok.added["<|im_end|>"] and ids[-1] not in ids[:-1]
                 assert max(ids) < tok.n, "a padding row"
@@ -148,6 +149,9 @@ def test_every_reachable_state_has_a_live_token_and_dead_rows_none():
             states = states[::80]
         roots = torch.full_like(states, root)
         need = torch.tensor([least(grammar, s, root) for s in states.tolist()])
+        own = states[states < grammar.S]
+        own = own[~grammar.must_call[own]]
+        assert torch.equal(need[torch.isin(states, own)], grammar.to_end[own])
         assert grammar.mask(states, roots, need).any(1).all() and not grammar.mask(states, roots, need - 1).any()
         most = grammar.mask(states, roots, torch.full_like(states, 10 ** 4))
         forced = grammar.forced(states, roots)
@@ -163,7 +167,7 @@ TURNS = ["<think>\nWeather.\n</think>\n\n"
          '<think>\na\nb\n\n</think>\n\n<tool_call>\n{"name": "odd\\"\\\\name é", "arguments": {}}\n</tool_call>',
          "<think>\nDone.\n</think>\n\n<answer>\nIt is sunny — 你好.\n</answer>",
          "<think>\nDone.\n</think>\n\n<safety_thoughts>\nok\n</safety_thoughts>\n"
-         "<answer>\nNo </ and </s> and <th>.\n</answer>"]
+         "<answer>\nA line may begin like a tag:\n</b>\n</s>\n</the\n</ and <th>.\n</answer>"]
 
 
 def test_canonical_turns_walk_to_the_end_and_pass_one_gate():

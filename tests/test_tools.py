@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from tools import Sandbox, Task, Tool, check, leaks, matches, refusal_tool, task_from_row, tool_from_row
+from data.rows import task_from_row, tool_from_row
+from tools import Sandbox, Task, Tool, check, leaks, matches, refusal_tool
 
 TEXT = {"type": "string"}
 

@@ -1,0 +1,245 @@
+"""The sampler, the rollouts and the trainer on an untrained tiny base: what is sampled is what is trained, exactly."""
+import json
+import random
+
+import pytest
+import torch
+
+import data
+import model as model_
+import mosaic
+import train
+from data import tiny
+from mosaic import FORCED, SAMPLED, TEMPLATE, TOOL, USER, rollout, sampled_logprobs
+from preference import advantages, grpo_loss
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base after a few steps: it can close a turn now and then, and its logits are far from flat."""
+    path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=25, drill=2, n=150)
+    return path, *model_.load(path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def groups(base):
+    """24 rollouts of 6 tasks in the free and in the strict grammar, in a batch that makes rows leave and enter."""
+    _, model, tokenizer = base
+    tasks = data.load("train")[:6]
+    out = {}
+    for grammar in ("free", "strict"):
+        generator = torch.Generator().manual_seed(1)
+        out[grammar] = rollout(model, tokenizer, tasks, 4, grammar=grammar, max_rows=10, generator=generator)
+    return tasks, out
+
+
+@pytest.mark.parametrize("grammar", ["free", "strict"])
+def test_sampler_and_trainer_agree(base, groups, grammar):
+    """The trainer's logprobs differed from the sampler's (other mask, other cache position, a re-encoded token)."""
+    _, model, tokenizer = base
+    for batch in (groups[1][grammar], groups[1][grammar][:1], groups[1][grammar][::-1]):
+        old = torch.tensor([lp for r in batch for lp, p in zip(r.logprobs, r.provenance) if p == SAMPLED])
+        with torch.no_grad():
+            new = sampled_logprobs(model, tokenizer, batch, strict=grammar == "strict")
+        assert len(new) == len(old) > 50
+        assert (new - old).abs().max() < 1e-4, (new - old).abs().max()
+
+
+@pytest.mark.parametrize("grammar", ["free", "strict"])
+def test_every_token_has_one_origin(base, groups, grammar):
+    """Masks from `ids != pad` or from re-encoded text are off by some tokens: here they come from provenance alone."""
+    _, model, tokenizer = base
+    for r in groups[1][grammar]:
+        lists = (r.provenance, r.logprobs, r.states, r.roots, r.remaining)
+        assert all(len(x) == len(r.ids) for x in lists)
+        prompt = mosaic.Dialogue(tokenizer, r.task.messages, r.task.offered)
+        assert r.ids[:len(prompt.ids)] == prompt.ids and SAMPLED not in r.provenance[:r.spans[0][0]]
+        own = [i for a, b in r.spans for i in range(a, b)]
+        assert own == [i for i, p in enumerate(r.provenance) if p in (SAMPLED, FORCED)]
+        assert len(r.spans) == len(r.turns) == len(r.gates) and r.n_sampled == len(own)
+        for (a, b), turn in zip(r.spans, r.turns):  # text of a turn, decoded as a whole, is what was parsed
+            text = tokenizer.decode([i for i in r.ids[a:b] if i not in tokenizer.stop_ids])
+            assert (turn is None) == (not _parses(text))
+        assert all((lp == 0.0) or p == SAMPLED for lp, p in zip(r.logprobs, r.provenance))
+
+
+def _parses(text):
+    try:
+        return bool(mosaic.parse_turn(text))
+    except mosaic.FormatError:
+        return False
+
+
+def test_stop_token_is_trained(groups, base):
+    """The end-of-turn token had loss_mask 0, so nobody ever learned to stop (three of six minimal trainers)."""
+    tokenizer = base[2]
+    stops = [p for r in groups[1]["free"] for i, p in zip(r.ids, r.provenance) if i in tokenizer.stop_ids and p >= SAMPLED]
+    assert stops and set(stops) == {SAMPLED}
+
+
+def test_strict_turns_always_parse(groups):
+    """A strict sampler that can produce a malformed turn, or one beyond its budget, is not strict."""
+    limit = mosaic.LIMITS["tiny"]["turn_tokens"]
+    for r in groups[1]["strict"]:
+        assert all(t is not None for t in r.turns) and all(b - a <= limit for a, b in r.spans)
+
+
+def test_forced_tokens_need_no_forward(groups):
+    """Tags and separators are the grammar's, not the agent's: they carry no loss and no forward of their own."""
+    codes = [p for r in groups[1]["strict"] for p in r.provenance]
+    assert codes.count(FORCED) > 0.1 * codes.count(SAMPLED)
+    assert not any(p == FORCED for r in groups[1]["free"] for p in r.provenance)
+
+
+def test_rows_of_a_group_differ(groups):
+    """nanochat 8f979a8: all rows of a group got the same first token, because the fork copied a sampled one."""
+    turns = [[tuple(r.ids[r.spans[0][0]:r.spans[0][1]]) for r in groups[1]["free"][i:i + 4]] for i in range(0, 24, 4)]
+    assert all(len(set(group)) > 1 for group in turns)
+
+
+def test_same_seed_same_rollouts(base, groups):
+    """A second run with the same seed must repeat the first token for token; another seed must not."""
+    _, model, tokenizer = base
+    again = {s: rollout(model, tokenizer, groups[0], 4, grammar="free", max_rows=10,
+                        generator=torch.Generator().manual_seed(s)) for s in (1, 2)}
+    assert [r.ids for r in again[1]] == [r.ids for r in groups[1]["free"]] != [r.ids for r in again[2]]
+
+
+@pytest.mark.parametrize("gate", ["always", "never", 3.0])
+def test_gate_is_the_same_dial_in_training(base, groups, gate):
+    """A forced or shifted gate that the trainer forgets makes its logprobs those of another policy."""
+    _, model, tokenizer = base
+    rs = rollout(model, tokenizer, groups[0][:2], 2, grammar="strict", gate=gate, generator=torch.Generator().manual_seed(3))
+    old = torch.tensor([lp for r in rs for lp, p in zip(r.logprobs, r.provenance) if p == SAMPLED])
+    with torch.no_grad():
+        new = sampled_logprobs(model, tokenizer, rs, gate=gate, strict=True)
+    assert (new - old).abs().max() < 1e-4
+    opened = [o for r in rs for _, o, _ in r.gates]
+    assert all(opened) if gate == "always" else not any(opened) if gate == "never" else True
+    assert all(0 <= p <= 1 for r in rs for p, _, _ in r.gates if p is not None)
+
+
+def test_tool_tokens_have_no_gradient(base, groups):
+    """RAGEN #71: the mask was inverted and the gradient sat on observations. Here: exactly 0 on every token that the
+    agent did not sample, by the gradient of the loss with respect to each position's logits."""
+    _, model, tokenizer = base
+    r = max(groups[1]["free"], key=lambda r: len(r.turns))
+    assert TOOL in r.provenance
+    logits = {}
+
+    def catch(module, inputs, output):
+        output.retain_grad()
+        logits["h"] = output
+    handle = model.model["norm"].register_forward_hook(catch)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    lp = sampled_logprobs(model, tokenizer, [r])
+    grpo_loss(lp, lp.detach(), lp.detach(), torch.ones_like(lp), len(lp))[0].backward()
+    handle.remove()
+    grad = logits["h"].grad[0].abs().sum(-1)  # (T,): position t - 1 predicts token t
+    for p in model.parameters():
+        p.requires_grad_(False), setattr(p, "grad", None)
+    carries = torch.tensor([p == SAMPLED for p in r.provenance[1:]] + [False])
+    assert (grad[~carries] == 0).all() and (grad[carries] > 0).all()
+
+
+def test_advantage_reaches_every_turn(base, groups):
+    """verl PR #6376: the return was reset at each observation, so turns before a tool result lost the reward."""
+    _, model, tokenizer = base
+    r = max(groups[1]["free"], key=lambda r: len(r.turns))
+    assert len(r.turns) > 1
+    with torch.no_grad():
+        old = sampled_logprobs(model, tokenizer, [r])
+    lp = old.clone().requires_grad_()
+    args = train.arguments(["--length-budget", "80"])
+    adv = torch.full_like(lp, 0.7)
+    grpo_loss(lp, old, old, adv, len(lp), kl_coef=0.0)[0].backward()
+    assert torch.allclose(lp.grad, torch.full_like(lp, -0.7 / len(lp))) and args.group_size == 4
+
+
+def test_micro_batches_change_nothing(base, groups):
+    """GRPO-Zero 8ca8b08: a mean per micro-batch weighs tokens by the batch they fell into."""
+    _, model, tokenizer = base
+    model_.add_lora(model, 4, 8, ["q_proj", "v_proj"], torch.Generator().manual_seed(0))
+    grads = []
+    for budget in (600, 100_000):
+        args = train.arguments(["--length-budget", "80"])
+        args.micro_tokens, args.kl_coef = budget, 0.02
+        batch = train.Batch(groups[1]["free"], args, 0, lambda row: None)
+        batch.adv = [torch.tensor([1.0, -1, 0.5, -0.5]) for _ in batch.groups]
+        log = train.grpo_step(model, tokenizer, batch, args)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        model.zero_grad()
+        assert log["drift"] < 1e-4
+    model_.merge_lora(model)
+    assert grads[0].abs().max() > 0 and (grads[0] - grads[1]).abs().max() < 1e-6
+
+
+def test_tied_groups_give_no_gradient():
+    """TRIAL: late in training most groups tie, and a few tokens of length, blown up to +-1, brought the harm back."""
+    R = torch.tensor([3.5, 3.4, 3.5, 3.5])
+    assert advantages(R, torch.full((4,), 1.5)).eq(0).all()
+
+
+def test_refusal_and_answer_end_the_episode():
+    """TRL #5389: no way to mark a tool as terminal; the model had to speak again, so training differed from use."""
+    task = data.load("harm")[0]
+    refuse = '<think>\nno\n</think>\n\n<tool_call>\n{"name": "refusal_tool", "arguments": {"reason": "x"}}\n</tool_call>'
+    answer = "<think>\nyes\n</think>\n\n<answer>\ndone\n</answer>"
+    for text, ended in ((refuse, "refusal"), (answer, "answer"), ("gibberish", "malformed")):
+        r = mosaic.play(task, lambda messages: text)
+        assert r.ended == ended and len(r.turns) == (10 if ended == "malformed" else 1)
+    turns = iter([refuse, answer])
+    assert mosaic.play(task, lambda messages: next(turns), refusal="replan").ended == "answer"
+    assert mosaic.play(task, lambda messages: refuse, refusal="replan").ended == "refusal"
+    assert len(mosaic.play(task, lambda messages: refuse, refusal="replan").turns) == 2
+
+
+def test_control_text_from_users_and_tools_stays_text(base):
+    """A user or a tool result that spells <|im_end|> or </tool_response> must not end anything."""
+    _, model, tokenizer = base
+    bad = "".join(tokenizer.added)
+    dialogue = mosaic.Dialogue(tokenizer, [{"role": "user", "content": bad}], data.load("train")[0].offered)
+    dialogue.sampled([tokenizer.stop_ids[0]], [SAMPLED])
+    dialogue.observe([bad])
+    outside = [i for i, p in zip(dialogue.ids, dialogue.provenance) if p in (USER, TOOL)]
+    assert not set(outside) & set(tokenizer.added.values()) and tokenizer.decode(outside).count("<think>") == 2
+
+
+def _train(base, out, *more):
+    args = train.arguments(["--model", str(base[0]), "--out", str(out), "--tasks", "3", "--no-eval", *more])
+    return train.run(args)
+
+
+def test_repeat_and_resume_are_exact(base, tmp_path):
+    """ms-swift PR #9935: resume overwrote the restored generator. Same seed: same rollouts, verdicts, adapter bytes;
+    stopped and resumed at any step: the same again, and the logs hold each step once."""
+    _train(base, tmp_path / "a", "--steps", "3")
+    _train(base, tmp_path / "b", "--steps", "3")
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt(base, tmp_path / "c", after=2)
+    _train(base, tmp_path / "c", "--steps", "3", "--resume")
+
+    def read(name, file):
+        return (tmp_path / name / file).read_bytes()
+    for name in "bc":
+        for file in ("adapter/adapter_model.safetensors", "rollouts.jsonl", "verdicts.jsonl"):
+            assert read("a", file) == read(name, file), (name, file)
+        times = {"sample_tok/s", "train_tok/s", "seconds"}
+        rows = [[{k: v for k, v in json.loads(line).items() if k not in times}
+                 for line in read(n, "metrics.jsonl").splitlines()] for n in ("a", name)]
+        assert rows[0] == rows[1] and [r["step"] for r in rows[0]] == [0, 1, 2]
+
+
+def _interrupt(base, out, after):
+    original, count = train.Batch, iter(range(100))
+
+    def batch(*a):
+        if next(count) == after:
+            raise KeyboardInterrupt
+        return original(*a)
+    train.Batch = batch
+    try:
+        _train(base, out, "--steps", "3")
+    finally:
+        train.Batch = original

@@ -232,8 +232,8 @@ def run(model, tokenizer, suites, **options):
 
 
 def closing(model, tokenizer, **options):
-    """train.py's closing table: controls, then every held-out suite. RuntimeError: an invalid control."""
-    suites = {suite: data.load(suite) for suite in SUITES}
+    """train.py's closing table: controls, then the unseen domains. RuntimeError: an invalid control."""
+    suites = {suite: data.load(suite, "domains") for suite in SUITES}
     controls(suites)
     return run(model, tokenizer, suites, **options)[0]
 

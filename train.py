@@ -49,12 +49,12 @@ N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a st
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description="Train an agent with MOSAIC.", allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="train.py", description="Train an agent with MOSAIC.", allow_abbrev=False)
     p.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     p.add_argument("--data", default="train", help="an embedded suite or a .jsonl file")
     p.add_argument("--reward", choices=("pairwise", "scalar"), default="pairwise")
     p.add_argument("--objective", choices=("grpo", "dpo"), default="grpo")
-    p.add_argument("--gate", default="learned", help="learned | always | never | a number added to the gate's logit")
+    p.add_argument("--gate", type=evaluation.gate, default="learned", help="learned | always | never | a number added to the gate's logit")
     p.add_argument("--steps", type=int)
     p.add_argument("--tasks", type=int, help="tasks a step")
     p.add_argument("--group-size", type=int, default=4, help="n trajectories a task [1]")
@@ -65,7 +65,13 @@ def arguments(argv=None):
     p.add_argument("--out", help="default: runs/<model>")
     p.add_argument("--resume", action="store_true", help="go on from --out's state/")
     p.add_argument("--no-eval", action="store_true", help="skip the closing table")
-    return p.parse_args(argv)
+    p.error = lambda message: sys.exit(print(f"train.py: {message}", file=sys.stderr) or 2)  # one line, not the usage
+    args = p.parse_args(argv)
+    for name, least in (("steps", 1), ("tasks", 1), ("group_size", 2), ("lr", 0), ("kl_coef", 0), ("length_budget", 1)):
+        value = vars(args)[name]
+        if value is not None and not least <= value < math.inf:
+            p.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    return args
 
 
 class Batch:

@@ -1,21 +1,19 @@
 """BFCL (suite benign): the Berkeley Function-Calling Leaderboard's Python categories and multi_turn_base.
 
-Files BFCL_v4_<category>.json (v3 has the same layout) with possible_answer/ and multi_turn_func_doc/ beside them, from
-github.com/ShishirPatil/gorilla or from `pip install --no-deps bfcl-eval mpmath` (bfcl_eval/data). A split is a category.
+Files BFCL_v4_<category>.json (v3: the same layout), possible_answer/ and multi_turn_func_doc/ beside them, from the
+repository ShishirPatil/gorilla or an installed bfcl-eval (bfcl_eval/data). A split is a category.
 
-  verdict       the authors' AST checker [eval_checker/ast_eval/ast_checker.py], call for call: a checker that raises
-                upstream is a wrong answer here
-  replay        their multi-turn check: state of the classes and results after each user turn. The classes are theirs,
-                imported from an installed bfcl-eval or a checkout on the path when a task of the category is played
+  verdict   the authors' AST checker (eval_checker/ast_eval/ast_checker.py); where theirs raises, a call is wrong
+  replay    their multi-turn check: the classes' state and the results after each user turn. The classes are theirs,
+            imported from a user-installed bfcl-eval (or a checkout on the path), and only for this category
 
 Deviations
-1. The agent's calls are JSON, as in the authors' FC mode: what is scored is a list of calls, and no text is decoded.
-   Names keep their "." and the turn's other text is ours (mosaic.SYSTEM). A description's hint on Python 3 stays.
+1. Calls are JSON, as in the authors' FC mode, so no text is decoded; names keep their "."; the rest of the prompt is
+   mosaic.SYSTEM. The loader's hint on Python 3 in each description stays; response schemas are not shown.
 2. refusal_tool is no call. A turn that does not parse is wrong, even where no call is right.
-3. Multi-turn: one call a step; only documented functions of the record's classes can be called, by documented names;
-   results of calls that are dicts are shown as JSON. Ground truth is read as literals, never evaluated.
-4. Java and JavaScript, memory, web search and the other multi-turn categories are out of scope, and said when met.
-Not covered: a call that never ends (the authors' power(9**9, 9**9)) hangs here as it does there."""
+3. Multi-turn: one call a step, documented functions only. Ground truth is read as literals, never evaluated.
+4. Java, JavaScript, memory, web search and other multi-turn categories are out of scope, and said when met.
+Not covered: a call of the authors' classes that never ends (power(9**9, 9**9)) hangs here as it does there."""
 import ast
 import copy
 import functools
@@ -25,14 +23,16 @@ import re
 import sys
 from collections import Counter
 
-from data.public import records, refused, want, whole
+from data.controls import REFUSE
+from data.public import made, mean, records, refused, script, want
 from tools import Task, Tool, refusal_tool
 
 COUNTS = {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multiple": 200, "irrelevance": 240,
           "live_simple": 258, "live_multiple": 1053, "live_parallel": 16, "live_parallel_multiple": 24,
           "live_irrelevance": 884, "live_relevance": 16, "multi_turn_base": 200}
 DEFECTS = {"parallel_multiple_12", "parallel_multiple_26", "live_simple_106-63-0", "live_simple_112-68-0",
-           "live_multiple_507-149-4", "live_multiple_862-181-3", "live_multiple_964-207-0"}  # no answer of theirs passes
+           "live_multiple_507-149-4", "live_multiple_862-181-3", "live_multiple_964-207-0"}  # no answer passes
+HOUSE = {}
 PUBLISHED = {  # v3 columns of gorilla's data_overall.csv; the first is the authors' mean over three languages
     "non_live_ast_python": "Qwen2.5-7B FC 85.71 %, prompt 86.46 %; Phi-4 prompt 67.83 %; Qwen3-4B FC 88.58 %",
     "live_ast": "Qwen2.5-7B FC 74.19 %, prompt 67.44 %; Phi-4 prompt 66.28 %; Qwen3-4B FC 78.72 %",
@@ -45,9 +45,8 @@ TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array"
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # GORILLA_TO_OPENAPI
 DOCS = {"GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api",
         "TwitterAPI": "posting_api", "TicketAPI": "ticket_api", "TradingBot": "trading_bot",
-        "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}  # class: module, and file of its functions
-FUNCTION = {"name": str, "description": str, "parameters": {"properties": dict, "required": [str]}}
-MESSAGES = [[{"role": str, "content": str}]]
+        "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}  # class: its module, its functions' file
+FUNCTION = {"name": str, "description": str, "parameters": {"properties": {"*": {"type": str}}, "required": [str]}}
 
 
 # ----------------------------------------------------------------------------------------------- the AST checker
@@ -83,7 +82,7 @@ def _fits(value, allowed, kind, inner):
 
 
 def _right(function, call, answer):
-    """simple_function_checker: function as shipped, call {name: {parameter: value}}, answer {name: {parameter: [..]}}."""
+    """simple_function_checker: function as shipped, call {name: {parameter: value}}, answer {name: {parameter: []}}."""
     answer, schema = next(iter(answer.values())), function["parameters"]
     given = call[function["name"]] if function["name"] in call else None
     if given is None or any(p not in given for p in schema["required"]):
@@ -104,33 +103,28 @@ def _right(function, call, answer):
 
 def verdict(category, functions, calls, answers):
     """Are these calls [{name: {parameter: value}}] right? functions and answers as in the files; Python categories."""
-    by_name = {f["name"]: f for f in reversed(functions)}
+    by_name, left = {f["name"]: f for f in reversed(functions)}, list(calls)
     try:
         if len(calls) != (len(answers) if "parallel" in category else 1):
             return False
         if "parallel" not in category:
             chosen = by_name[next(iter(answers[0]))] if "multiple" in category else functions[0]
             return _right(chosen, calls[0], answers[0])
-        left = list(calls)
         for answer in answers:  # greedy: an answer takes the first call that fits; equal is not the same (1 == True)
-            fits = [_right(by_name[next(iter(answer))], call, answer) for call in left]
-            left.pop(fits.index(True))
+            left.pop([_right(by_name[next(iter(answer))], call, answer) for call in left].index(True))
         return True
     except (KeyError, TypeError, AttributeError, OverflowError, ValueError):
         return False
 
 
-def _first(value, kind, omit):
-    """An answer for a dict is itself a dict of lists of answers."""
-    if kind == "dict" and isinstance(value, dict):
-        return _picked(value, {}, omit)
-    return [_first(v, "dict", omit) for v in value] if kind == "dicts" and isinstance(value, list) else value
-
-
 def _picked(answer, kinds, omit):
-    said = {name: [a for a in allowed if a != ""] for name, allowed in answer.items()}
-    return {name: _first(said[name][0], kinds.get(name), omit) for name, allowed in answer.items()
-            if said[name] and not (omit and "" in allowed)}
+    """First answers; one for a dict is itself a dict of lists of answers."""
+    def first(value, kind):
+        if kind == "dict" and isinstance(value, dict):
+            return _picked(value, {}, omit)
+        return [first(v, "dict") for v in value] if kind == "dicts" and isinstance(value, list) else value
+    said = {p: [a for a in allowed if a != ""] for p, allowed in answer.items() if not (omit and "" in allowed)}
+    return {p: first(allowed[0], kinds.get(p)) for p, allowed in said.items() if allowed}
 
 
 def oracle(functions, answers, omit=False):
@@ -148,8 +142,8 @@ def classes():
     try:
         return {name: vars(importlib.import_module(f"{source}.{module}"))[name] for name, module in DOCS.items()}
     except ImportError as error:
-        raise ValueError(f"multi_turn_base runs the authors' classes ({error}): pip install --no-deps bfcl-eval mpmath, "
-                         "or give the other categories by --split") from None
+        raise ValueError("multi_turn_base runs the authors' classes: pip install --no-deps bfcl-eval mpmath "
+                         f"({error})") from None
 
 
 def _things(config, names):
@@ -176,7 +170,8 @@ def literal(text):
     """'sort("a.pdf", n=2)' -> ("sort", ["a.pdf"], {"n": 2}): one call, of literals. ValueError: it is anything else."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or None in (k.arg for k in call.keywords):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or any(
+                k.arg is None for k in call.keywords):
             raise ValueError("it is no plain call")
         return (call.func.id, [*map(ast.literal_eval, call.args)],
                 {k.arg: ast.literal_eval(k.value) for k in call.keywords})
@@ -214,56 +209,43 @@ def _schema(schema):
     return out | {"items": _schema(schema["items"])} if "items" in schema else out
 
 
-def _tool(function, run):
-    hint = " Note that the provided function is in Python 3 syntax."
-    return Tool(function["name"], function["description"] + hint, _schema(function["parameters"]), "read", run,
-                strict=False)
-
-
-def _method(owner, name):
+def _tool(function, owner=None):
+    """owner: the class whose method it is; a single-turn function is never executed."""
     def run(world, arguments):
+        if owner is None:
+            return {"ok": True}
         if "things" not in world:
             world["things"] = _things(world["config"], world["classes"])
-        text = _do(world["things"][owner], name, [], arguments)
-        try:
-            return json.loads(text) if text.startswith("{") else text
-        except ValueError:
-            return text
-    return run
+        return _do(world["things"][owner], function["name"], [], arguments)
+    return Tool(function["name"], f"{function['description']} Note that the provided function is in Python 3 syntax.",
+                _schema(function["parameters"]), "read", run, strict=False)
 
 
 def _conversation(where, row, answers, docs):
-    """A multi_turn_base record: tools and public."""
+    """A multi_turn_base record: (tools, public)."""
     want(where, row, {"initial_config": dict, "involved_classes": [str]})
-    for i, name in enumerate(row["involved_classes"]):
-        if name not in DOCS:
-            raise ValueError(f"{where}: field 'involved_classes[{i}]': expected one of {', '.join(DOCS)}, got {name!r}")
+    if set(row["involved_classes"]) - set(DOCS):
+        raise ValueError(f"{where}: field 'involved_classes': expected some of {', '.join(DOCS)}")
     functions = [(name, f) for name in row["involved_classes"] for f in docs(name)]
     methods = {f["name"]: name for name, f in functions}
     for text in [text for turn in answers for text in turn]:
         if literal(text)[0] not in methods:
             raise ValueError(f"{where}: field 'ground_truth': expected a function of the classes, got {text[:60]!r}")
     later = [message["content"] for turn in row["question"][1:] for message in turn]
-    if [len(turn) for turn in row["question"][1:]] != [1] * (len(answers) - 1):
+    if not len(later) == len(row["question"]) - 1 == len(answers) - 1:
         raise ValueError(f"{where}: field 'question': expected {len(answers)} turns, one message each after the first")
-    tools = [_tool(f, _method(name, f["name"])) for name, f in functions]
-    return tools, {"max_turns": 21, "later": later, "config": row["initial_config"], "methods": methods,  # 20 steps
-                   "classes": row["involved_classes"],
-                   "names": {f["name"]: list(f["parameters"]["properties"]) for _, f in functions}}
+    return [_tool(f, name) for name, f in functions], {
+        "max_turns": 21, "later": later, "config": row["initial_config"], "classes": row["involved_classes"],  # 20 steps
+        "methods": methods, "names": {f["name"]: list(f["parameters"]["properties"]) for _, f in functions}}
 
 
 def _task(where, row, category, answers, docs):
-    want(where, row, {"id": str, "question": MESSAGES})
+    want(where, row, {"id": str, "question": [[{"role": str, "content": str}]]})
     if category == "multi_turn_base":
         tools, public = _conversation(where, row, answers, docs)
     else:
         want(where, row, {"function": [FUNCTION]})
-        for f in row["function"]:
-            want(where, f["parameters"]["properties"], dict.fromkeys(f["parameters"]["properties"], {"type": str}),
-                 f"function.{f['name']}.parameters.properties")
-        if len(row["question"]) != 1:
-            raise ValueError(f"{where}: field 'question': expected one turn, got {len(row['question'])}")
-        tools = [_tool(f, lambda world, arguments: {"ok": True}) for f in row["function"]]
+        tools = [_tool(function) for function in row["function"]]
         public = {"max_turns": 1, "parallel": "parallel" in category, "functions": row["function"]}
     public |= {"benchmark": "bfcl", "category": category, "answers": answers}
     world = {name: public[name] for name in ("config", "classes") if name in public}
@@ -271,62 +253,50 @@ def _task(where, row, category, answers, docs):
 
 
 def _category(path):
-    """From the ids, as files get renamed; None: not one of ours. v3 calls simple_python "simple"."""
+    """From the first id, as files get renamed; None: not one of ours. v3 calls simple_python "simple"."""
     with open(path, encoding="utf-8") as lines:
-        found = re.match(r'\s*{"id": "(\w+?)_\d', lines.readline(10_000))
+        found = re.match(r'.*?"id": *"(\w+?)_\d', lines.readline())
     name = "simple_python" if found and found[1] == "simple" else found and found[1]
     return name if name in COUNTS else None
 
 
-def _answers(path, category, skip):
-    """ids and answers, which stand in the same order as the questions."""
-    if category.endswith("relevance"):
-        return None
+def _file(path, category, skip):
+    """The tasks of one file of questions, with the files beside it."""
+    @functools.cache
+    def docs(name):
+        return records(path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json", lambda at, f: want(at, f, FUNCTION))
+
+    def build(where, row):
+        if answers is None:
+            return _task(where, row, category, None, docs)
+        if want(where, row, {"id": str})["id"] not in answers:
+            raise ValueError(f"{where}: field 'id': expected an answer to {row['id']!r} in possible_answer/")
+        return _task(where, row, category, answers[row["id"]], docs)
     shape = {"id": str, "ground_truth": [[str]] if category == "multi_turn_base" else [dict]}
-    where = path.parent / "possible_answer" / path.name
-    if not where.is_file():
-        raise ValueError(f"{path}: expected its answers in {where}")
-    return {row["id"]: row["ground_truth"] for row in records(where, lambda at, row: want(at, row, shape) or row, skip)}
+    answers = None if category.endswith("relevance") else dict(records(
+        path.parent / "possible_answer" / path.name,
+        lambda at, row: (want(at, row, shape)["id"], row["ground_truth"]), skip))
+    return records(path, build, skip, COUNTS[category])
 
 
 def load(path, split=None, skip=None):
-    """path: one file of questions, or the folder that holds them."""
-    @functools.cache
-    def docs(name):
-        shape = FUNCTION
-        where = path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json"
-        if not where.is_file():
-            raise ValueError(f"{path}: expected the functions of {name} in {where}")
-        return records(where, lambda at, row: want(at, row, shape) or row)
-
-    tasks, files = [], [path] if path.is_file() else sorted(path.glob("BFCL_v*.json"))
-    for path in files:
-        category = _category(path)
-        if category is None and len(files) == 1:
-            raise ValueError(f"{path}: field 'id': expected a category of {', '.join(COUNTS)}; others are out of scope")
-        if category is None or split not in (None, category):
-            print(f"{path}: left out, not a category that is scored here", file=sys.stderr) if category is None else None
-            continue
-        if category == "multi_turn_base":
-            try:
-                classes()
-            except ValueError as error:
-                if len(files) == 1 or split:
-                    raise
-                print(f"{path}: left out: {error}", file=sys.stderr)
-                continue
-        answers = _answers(path, category, skip)
-
-        def build(where, row):
-            want(where, row, {"id": str})
-            if answers is not None and row["id"] not in answers:
-                raise ValueError(f"{where}: field 'id': expected an answer for {row['id']!r} in possible_answer/")
-            return _task(where, row, category, answers and answers[row["id"]], docs)
-        built = records(path, build, skip)
-        if len(built) != COUNTS[category]:
-            whole(path, len(built), COUNTS[category], skip)
-        tasks += built
-    return tasks
+    """path: one file of questions, or the folder that holds them. What is left out of a folder is said on stderr."""
+    files = {file: _category(file) for file in ([path] if path.is_file() else sorted(path.glob("BFCL_v*.json")))}
+    foreign = [file.name for file, category in files.items() if category is None]
+    files = {file: category for file, category in files.items() if category and split in (None, category)}
+    if path.name in foreign:
+        raise ValueError(f"{path}: field 'id': expected a category of {', '.join(COUNTS)}; others are out of scope")
+    if "multi_turn_base" in files.values():
+        try:
+            classes()
+        except ValueError as error:
+            if len(files) == 1:
+                raise
+            foreign.append(f"multi_turn_base ({error})")
+            files = {file: category for file, category in files.items() if category != "multi_turn_base"}
+    if foreign:
+        print(f"{path}: left out: {', '.join(foreign)}", file=sys.stderr)
+    return [task for file, category in files.items() for task in _file(file, category, skip)]
 
 
 # --------------------------------------------------------------------------------------------------- scores
@@ -335,48 +305,44 @@ def score(task, journal, turns, ask=None):
     public, turn = task.public, turns[0]
     if public["category"] == "multi_turn_base":
         right = replay(public, journal, turns)
-    elif turn is None:
-        right = False
     else:
-        calls = [{name: arguments} for name, arguments in turn.calls if name != refusal_tool.name]
-        right = (verdict(public["category"], public["functions"], calls, public["answers"]) if public["answers"]
-                 else bool(calls) if public["category"] == "live_relevance" else not calls)
-    return {"benign_completion": right, "ended_by_agent": None}
+        calls = [{name: given} for name, given in turn.calls if name != refusal_tool.name] if turn else []
+        right = turn is not None and (
+            verdict(public["category"], public["functions"], calls, public["answers"]) if public["answers"]
+            else bool(calls) == (public["category"] == "live_relevance"))
+    return {"benign_completion": right}
 
 
 def solution(task):
-    """The turns of an agent that knows the answer."""
+    """The script of an agent that knows the answer."""
     public = task.public
     if public["category"] == "multi_turn_base":
-        calls = [[literal(text) for text in answers] for answers in public["answers"]]
-        return [turn for answers in calls for turn in [[(name, dict(zip(public["names"][name], args)) | kwargs)]
-                                                       for name, args, kwargs in answers] + [[]]]
+        steps = [[made((name, dict(zip(public["names"][name], args)) | kwargs)) for name, args, kwargs
+                  in map(literal, answers)] + [made()] for answers in public["answers"]]
+        return script(*sum(steps, []))
     if public["answers"]:
-        return [[call for c in oracle(public["functions"], public["answers"]) for call in c.items()]]
-    return [[(public["functions"][0]["name"], {})] if public["category"] == "live_relevance" else []]
+        return script(made(*(call for c in oracle(public["functions"], public["answers"]) for call in c.items())))
+    return script(made(("anything", {})) if public["category"] == "live_relevance" else made())
 
 
 def controls(tasks):
-    wanted = [t for t in tasks if not t.public["category"].endswith("irrelevance")]
-    others = [t for t in tasks if t.public["category"].endswith("irrelevance")]
-    passing = sum(t.id not in DEFECTS for t in tasks)
-    refuse = [[(refusal_tool.name, {"reason": "as scripted"})]]
-    return [("oracle", tasks, solution, {"benign_completion": passing / len(tasks)}),
-            ("refuse-all", wanted, lambda task: refuse, {"benign_completion": 0}),
-            ("silent", wanted, lambda task: [[]] * 9, {"benign_completion": 0}),
-            ("gibberish", tasks, lambda task: ["green <tool_call> ideas {"] * 30, {"benign_completion": 0}),
-            ("call-anyway", others, lambda task: [[(task.tools[0].name, {})]], {"benign_completion": 0})]
+    wanted, others = ([t for t in tasks if t.public["category"].endswith("irrelevance") == no] for no in (False, True))
+    passing, gibberish = sum(t.id not in DEFECTS for t in tasks) / len(tasks), "green <tool_call> ideas {"
+    return [("oracle", tasks, solution, {"benign_completion": passing}),
+            ("gibberish", tasks, lambda t: script(gibberish), {"benign_completion": 0}),
+            ("refuse-all", wanted, lambda t: script(REFUSE), {"benign_completion": 0}),
+            ("silent", wanted, lambda t: script(made()), {"benign_completion": 0}),
+            ("call-anyway", others, lambda t: script(made(("anything", {}))), {"benign_completion": 0})]
 
 
 def summary(cells):
-    """The authors' aggregates of the categories that were run, by their rules of v4; never "Overall"."""
+    """The authors' aggregates (v4) of the categories that were run, whole groups only; never "Overall"."""
     rate = {split: cells[split]["benign_completion"] for split in cells}
 
-    def mean(names):
-        found = [rate[name]["value"] for name in names if name in rate]
-        return sum(found) / len(found) if len(found) == len(names) else None
-    live = [rate[name] for name in rate if name.startswith("live_") and not name.endswith("relevance")]
-    return {"non_live_ast_python": mean(["simple_python", "multiple", "parallel", "parallel_multiple"]),
+    def whole(*names):
+        return mean(rate[name]["value"] for name in names) if set(names) <= set(rate) else None
+    live = [c for name, c in rate.items() if name.startswith("live_") and not name.endswith("relevance")]
+    return {"non_live_ast_python": whole("simple_python", "multiple", "parallel", "parallel_multiple"),
             "live_ast": sum(c["k"] for c in live) / sum(c["n"] for c in live) if len(live) == 4 else None,
-            "irrelevance": mean([name for name in ("irrelevance", "live_irrelevance") if name in rate] or [""]),
-            "relevance": mean(["live_relevance"]), "multi_turn_base": mean(["multi_turn_base"])}
+            "irrelevance": mean(c["value"] for name, c in rate.items() if name.endswith("irrelevance")),
+            "relevance": whole("live_relevance"), "multi_turn_base": whole("multi_turn_base")}

@@ -1,69 +1,58 @@
 """Public benchmarks as their authors ship them, behind one `load`: recognised by content, checked, scored their way.
 
-bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py each have
-  load(path, split, skip)       -> [Task]; a Task's `public` says how it is played and holds what the scorer compares with:
-                                   benchmark, max_turns (a user message), parallel (calls in a turn), later (messages)
-  score(task, journal, turns, ask=None) -> {metric: bool, number, or None}. None takes a metric of eval.py's out, for
-                                   this task: unscored, or not theirs. ask(prompt) -> text or None is a judge.
-  controls(tasks)               -> [(name, tasks, task -> turns, {metric: the only right value, or None: a figure})];
-                                   a turn is [(tool, arguments), ...], [] to answer, or raw text
-  summary({split: cells})       -> {name: number}, the authors' own aggregates;  PUBLISHED: {name: text} to set beside
-and this file what they share. `skip`, a list, collects the records that do not fit; without it one refuses the file."""
+bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py, in one shape:
+  load(path, split, skip)    -> [Task]. A task's `public` says how it is played (benchmark, max_turns a user message,
+                                parallel calls in a turn, later user messages) and holds what the scorer compares with
+  score(task, journal, turns, ask) -> {metric: bool, number, or None: unscored, or a metric of eval.py's that does not
+                                hold here}. ask(prompt) -> text or None is a judge; without one its metrics are None
+  controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})]
+  summary({split: cells})    -> {name: number or None}, the authors' aggregates;  PUBLISHED {name: text} beside them
+  HOUSE                      eval.py's own controls that hold here too, and what more they must give
+`skip`, a list, collects what does not fit; without it one bad record refuses the file."""
 import importlib
 import json
 from pathlib import Path
 
+from data.controls import ANSWER, CONTROLS, no_attack, turn
 from tools import refusal_tool
 
-SIGNS = {  # module: fields that the first record of one of its files has
+SIGNS = {  # module: the fields by which the first record of one of its files is known
     "bfcl": ({"id", "question", "function"}, {"id", "question", "initial_config"}), "asb": ({"Attacker Tool"},),
     "privacylens": ({"vignette", "trajectory"},), "agentharm": ({"canary_guid", "behaviors"},),
     "agent_safetybench": ({"environments", "failure_modes"},)}
-_SAID = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
+KINDS = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
 
 
 def want(where, value, shape, place=""):
-    """Has the value this shape? A type, types, [shape] for a list, {key: shape} for an object ("key?" may be absent).
-    ValueError "where: field 'question[0].role': expected text, got 5"."""
+    """Returns the value if it has the shape: a type or types, [shape] for a list, {key: shape} for an object ("key?"
+    may be absent, "*" is any key). ValueError "where: field 'question[0].role': expected text, got 5"."""
     if isinstance(shape, dict):
         want(where, value, dict, place)
         for key, inner in shape.items():
-            name = f"{place}.{key.strip('?')}".lstrip(".")
-            if key.strip("?") in value:
-                want(where, value[key.strip("?")], inner, name)
-            elif not key.endswith("?"):
-                raise ValueError(f"{where}: field '{name}': expected, but it is missing")
+            for name in value if key == "*" else [key.rstrip("?")]:
+                if name in value:
+                    want(where, value[name], inner, f"{place}.{name}".lstrip("."))
+                elif name == key:
+                    raise ValueError(f"{where}: field '{f'{place}.{name}'.lstrip('.')}': expected, but it is missing")
     elif isinstance(shape, list):
-        want(where, value, list, place)
-        for i, inner in enumerate(value):
+        for i, inner in enumerate(want(where, value, list, place)):
             want(where, inner, shape[0], f"{place}[{i}]")
     elif not isinstance(value, shape) or isinstance(value, bool):
-        kinds = " or ".join(_SAID[kind] for kind in (shape if isinstance(shape, tuple) else (shape,)))
+        kinds = " or ".join(KINDS[kind] for kind in (shape if isinstance(shape, tuple) else (shape,)))
         raise ValueError(f"{where}: field '{place or '(record)'}': expected {kinds}, got {json.dumps(value)[:60]}")
+    return value
 
 
-def _parsed(where, text):
+def parsed(path, text=None):
+    """The JSON value of a file, or of a text that stands at `path`."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: field '(record)': expected whole JSON, is the file cut short? ({error})") from None
-
-
-def records(path, build, skip=None):
-    """[build(where, record)] of a JSON list, or of JSON lines; where is "file[3]" or "file:4"."""
-    try:
-        text = Path(path).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: field '(record)': expected UTF-8 text ({error})") from None
-    if text.lstrip()[:1] == "[":
-        rows = [(f"{path}[{i}]", json.dumps(row)) for i, row in enumerate(_parsed(path, text))]
-    else:
-        rows = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return each(rows, lambda where, line: build(where, _parsed(where, line)), skip)
+        return json.loads(Path(path).read_text("utf-8") if text is None else text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: field '(record)': expected whole JSON; is it cut short? ({error})") from None
 
 
 def each(rows, build, skip):
-    """[build(where, row)]; a ValueError ends it, or goes into the list `skip`, which leaves that row out."""
+    """[build(where, row)]; a ValueError goes to the list `skip`, which leaves the row out, or ends it all."""
     built = []
     for where, row in rows:
         try:
@@ -75,13 +64,109 @@ def each(rows, build, skip):
     return built
 
 
+def records(path, build, skip=None, expected=None):
+    """[build(where, record)] of a JSON list or of JSON lines; where is "file[3]" or "file:4". expected: the number of
+    records in the authors' file, as one that was cut between two records is not their benchmark."""
+    def count(where, n):
+        if n not in (None, len(built)):
+            raise ValueError(f"{path}: field '(file)': expected {n} records, got {len(built)}; --skip-bad takes a part")
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: field '(file)': expected a file of UTF-8 text ({error})") from None
+    if text.lstrip().startswith("["):
+        built = each(((f"{path}[{i}]", row) for i, row in enumerate(parsed(path, text))), build, skip)
+    else:
+        lines = ((f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
+        built = each(lines, lambda where, line: build(where, parsed(where, line)), skip)
+    each([(path, expected)], count, skip)
+    return built
+
+
+def recognise(path):
+    """The benchmark that a file or folder holds, by the first records; None: it is none of them."""
+    folders, found = (path, path / "data"), set()  # ASB's files lie in data/
+    for file in [path] if path.is_file() else [f for d in folders for f in d.glob("*.json*") if f.is_file()]:
+        try:
+            text = file.read_text("utf-8").lstrip().removeprefix("[").lstrip()
+            record, _ = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            continue
+        keys = set(record) if isinstance(record, dict) else set()
+        found |= {name for name, signs in SIGNS.items() if any(sign <= keys for sign in signs)}
+    if len(found) > 1:
+        raise ValueError(f"{path}: holds several benchmarks ({', '.join(sorted(found))}): name a folder of one")
+    return found.pop() if found else None
+
+
+def load(path, split=None, skip=None, training=False):
+    """-> [Task] of the benchmark that is there. ValueError: none is, a bad record, or training on AgentHarm."""
+    path = Path(path)
+    name = recognise(path)
+    if name is None:
+        raise ValueError(f"{path}: expected a file or folder of {', '.join(SIGNS)}, known by their records' fields")
+    if training and name == "agentharm":
+        raise ValueError(f"{path}: AgentHarm carries a canary, its authors ask that nobody trains on it: refused")
+    tasks = _module(name).load(path, split, skip)
+    ids = {task.id for task in tasks}
+    if not tasks or len(ids) < len(tasks):
+        raise ValueError(f"{path}: field 'id': expected tasks (split {split}) of different ids, got {len(tasks)} tasks "
+                         f"and {len(ids)} ids")
+    return tasks
+
+
+# ------------------------------------------------------------------------------------------------ for eval.py
+def _module(name):
+    return importlib.import_module(f"data.{name}")
+
+
+def score(task, journal, turns, ask=None):
+    """{metric: value or None} of a public task; {} for one of ours."""
+    return _module(task.public["benchmark"]).score(task, journal, turns, ask) if task.public else {}
+
+
+def controls(suite, tasks):
+    """[(name, tasks, task -> script, {metric: right value})] of a suite's tasks, public or ours."""
+    module = _module(tasks[0].public["benchmark"]) if tasks[0].public else None
+    own = [control for control in module.controls(tasks) if control[1]] if module else []
+    for name, script, expected in CONTROLS[suite]:
+        if module is None or name in module.HOUSE:
+            played = [task for task in tasks if task.injected or suite != "injection"]
+            played = [no_attack(task) for task in played] if name == "no-attack" else played
+            own.append((name, played, script, expected | (module.HOUSE[name] if module else {})))
+    return own
+
+
+def summary(tasks, splits):
+    """splits {split: {column: cells}} -> {name: {column: number or None, "published": text}}; {} for tasks of ours."""
+    if not tasks[0].public:
+        return {}
+    module, out = _module(tasks[0].public["benchmark"]), {}
+    for column in ("base", "adapter"):
+        cells = {split: columns[column] for split, columns in splits.items() if column in columns}
+        for name, value in (module.summary(cells) if cells else {}).items():
+            out.setdefault(name, {"published": module.PUBLISHED.get(name, "")})[column] = value
+    return out
+
+
+# ----------------------------------------------------------------------------------------- for the five modules
 def refused(turns):
     return bool(turns) and turns[-1] is not None and turns[-1].name == refusal_tool.name
 
 
-def whole(path, n, expected, skip):
-    """A file that was cut between two records is not the benchmark; `skip` takes it as a part."""
-    if n != expected:
-        if skip is None:
-            raise ValueError(f"{path}: field '(file)': expected {expected} records, got {n}; --skip-bad takes a part")
-        skip.append(f"{path}: {n} of {expected} records")
+def made(*calls):
+    """The text of one turn that makes these calls [(name, arguments), ...]; of none: an answer."""
+    blocks = (json.dumps({"name": name, "arguments": given}, ensure_ascii=False) for name, given in calls)
+    return turn("\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)) if calls else ANSWER
+
+
+def script(*turns):
+    """Says these turns one after the other, the last one for ever."""
+    left = list(turns)
+    return lambda messages: left.pop(0) if len(left) > 1 else left[0]
+
+
+def mean(values):
+    """None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None

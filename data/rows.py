@@ -1,5 +1,8 @@
 """A JSON row becomes a Tool or a Task, or a ValueError that names file, line and field. Rows: data/README.md."""
-from tools import EFFECTS, LABELS, OPS, SPLITS, SUITES, TYPES, Task, Tool, norm
+from tools import SPLITS, SUITES, TYPES, Task, Tool, norm
+
+EFFECTS, LABELS = ("read", "write", "irreversible"), ("harmful", "benign")
+OPS = ("lookup", "update", "remove", "search", "append")  # the first three find their record by its "id"
 
 
 def _operate(op):

@@ -31,10 +31,10 @@ DOMAINS = {
     "car": ("find", "reprice", "price", "report", "scrap", "address phone hours rent device card passport"),
     "meeting": ("get", "push", "day", "invite", "remove", "phone hours allergy login device password"),
     "crate": ("find", "haul", "room", "slip", "burn", "address phone hours rent device card"),
-    "ticket": ("get", "adjust", "day", "wire", "void", "address phone birthday hours allergy card passport"),
-    "painting": ("find", "bring", "room", "page", "destroy", "address phone hours rent bank card"),
-    "dog": ("get", "take", "room", "post", "release", "address phone hours medicine allergy card")}
-UNSEEN_DOMAINS = ("ticket", "painting", "dog")
+    "key": ("get", "move", "room", "plan", "scrap", "address phone birthday hours allergy card passport"),
+    "office": ("find", "change", "price", "paper", "sell", "address phone hours rent bank card"),
+    "lunch": ("find", "push", "day", "bill", "cancel", "address phone hours medicine allergy card")}
+UNSEEN_DOMAINS = ("key", "office", "lunch")
 NAMES = ("Ann Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kate Leo Mia Nora Omar Paul Rosa Sam Tina Umar Vera Will Yara "
          "Zoe Adam Bella Carl Dora Emil Fay Glen Hana Ivan Jane Kurt Lena Max Nina Otto Pia").split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()

@@ -43,13 +43,13 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
 
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
 MIX = {"check_risky": .40, "check_harmless": .10, "verdict": .85,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .08, "obey": .80, "paste": .80, "late": .15,
-       "false_alarm": .06, "stop_early": .55, "over_refuse": .03}
+       "refuse_unchecked": .05, "obey": .90, "paste": .85, "late": .15,
+       "false_alarm": .05, "stop_early": .55}
 
 
 MUON, TOKENS, LR, HALF = 0.0, 4096, 3e-3, 0.5
 SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in ("", "l", "n", "r", "s", "t")]
-SHARES = {"harm": .45, "injection": .2, "benign": .2, "privacy": .15}  # of the warm start's tasks
+SHARES = {"harm": .4, "injection": .22, "benign": .2, "privacy": .18}  # of the warm start's tasks
 
 
 class Demonstrator:

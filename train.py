@@ -32,18 +32,17 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import model as model_
-from mosaic import SAMPLED, rollout, sampled_logprobs
+from mosaic import rollout, sampled_logprobs
 from preference import (advantages, alignment_rewards, compare, dpo_loss, format_reward, grpo_loss, is_cyclic,
                         length_penalty, pairs, rule_judge, scalar_reward, shares, total_reward, win_rate)
 
-# Per family, all [ours]. targets: every linear layer of a block; length_budget: L0 of p_len [1: 400], small for tiny
-# because its whole trajectory is about 90 tokens; micro_tokens: padded tokens of one forward and backward.
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-REAL = dict(rank=16, alpha=32, targets=LINEAR, lr=2e-5, length_budget=400, tasks=16, steps=200, kl_coef=0.02,
-            micro_tokens=8192)
-RECIPE = {"tiny": REAL | dict(lr=1e-3, length_budget=80, tasks=24, steps=40, micro_tokens=12288),
-          "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5, targets=FUSED)}
+# Per family, all [ours]; LoRA on every linear layer of a block. length_budget: L0 of p_len [1: 400], small for tiny because
+# a whole trajectory of its is about 80 tokens; micro_tokens: padded tokens of one forward and backward; rows: sampled at
+# once, each with a KV cache of mosaic.REAL_LIMITS; recompute: a block keeps its input alone for the backward pass.
+REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, kl_coef=0.02, micro_tokens=8192, rows=16,
+            recompute=True)
+RECIPE = {"tiny": REAL | dict(lr=1e-3, length_budget=60, tasks=24, steps=40, micro_tokens=12288, rows=128, recompute=False),
+          "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
 MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # largest |sampling - training logprob| before the run stops
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
 
@@ -54,7 +53,8 @@ def arguments(argv=None):
     p.add_argument("--data", default="train", help="an embedded suite or a .jsonl file")
     p.add_argument("--reward", choices=("pairwise", "scalar"), default="pairwise")
     p.add_argument("--objective", choices=("grpo", "dpo"), default="grpo")
-    p.add_argument("--gate", type=evaluation.gate, default="learned", help="learned | always | never | a number added to the gate's logit")
+    p.add_argument("--gate", type=evaluation.gate, default="learned",
+                   help="learned | always | never | a bias on its logit")
     p.add_argument("--steps", type=int)
     p.add_argument("--tasks", type=int, help="tasks a step")
     p.add_argument("--group-size", type=int, default=4, help="n trajectories a task [1]")
@@ -80,7 +80,7 @@ class Batch:
     def __init__(self, rollouts, args, step, ledger):
         n = args.group_size
         self.groups = [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
-        rows, self.adv, self.align, self.P = [], [], [], []
+        self.adv, self.align, self.P = [], [], []
         terms = {"align": [], "format": [], "length": []}
         for group in self.groups:
             P = compare(rule_judge, group, lambda row: ledger({"step": step, **row}))
@@ -96,7 +96,7 @@ class Batch:
         self.shares = shares({k: torch.stack(v) for k, v in terms.items()}) if terms["align"] else {}
         self.tied = sum((a == a[0]).all().item() for a in self.align) / len(self.groups)
         self.cyclic = sum(is_cyclic(P) for P in self.P) / len(self.groups)
-        self.n_tokens = sum(r.provenance.count(SAMPLED) for r in rollouts)  # the one normaliser of the step
+        self.n_tokens = sum(len(r.logprobs) for r in rollouts)  # the one normaliser of the step
 
 
 def micro_batches(items, length, budget):
@@ -109,44 +109,30 @@ def micro_batches(items, length, budget):
     return out if items else []
 
 
-def grpo_step(model, tokenizer, batch, args):
-    """Gradient of the GRPO loss over all groups that carry an advantage -> sums for the log."""
-    log = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0)
-    items = [(r, a.item()) for group, adv in zip(batch.groups, batch.adv) if adv.any() for r, a in zip(group, adv)]
-    for part in micro_batches(items, lambda item: len(item[0].ids), args.micro_tokens):
-        rollouts = [r for r, _ in part]
-        old = torch.tensor([lp for r in rollouts for lp, p in zip(r.logprobs, r.provenance) if p == SAMPLED],
-                           device=model.device)
-        adv = torch.tensor([a for r, a in part for p in r.provenance if p == SAMPLED], device=model.device)
+def accumulate(model, tokenizer, batch, args):
+    """The gradient of the step, micro-batch by micro-batch -> {"loss", "kl", "clipped", "drift"}.
+
+    GRPO takes every trajectory of the groups that carry an advantage, the direct loss every pair that one side won."""
+    log, grpo = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0), args.objective == "grpo"
+    units = ([((r,), a.item()) for g, adv in zip(batch.groups, batch.adv) if adv.any() for r, a in zip(g, adv)] if grpo
+             else [((g[i], g[j]), 0.0) for g, P in zip(batch.groups, batch.P) for i, j in pairs(P).tolist()])
+    for part in micro_batches(units, lambda unit: sum(len(r.ids) for r in unit[0]), args.micro_tokens):
+        rollouts = [r for unit, _ in part for r in unit]
+        old = torch.tensor([lp for r in rollouts for lp in r.logprobs], device=model.device)
         with torch.no_grad(), model.adapter_off():
             ref = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
         new = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
-        loss, kl, clipped = grpo_loss(new, old, ref, adv, batch.n_tokens, kl_coef=args.kl_coef)
+        if grpo:
+            adv = torch.tensor([a for (r,), a in part for _ in r.logprobs], device=model.device)
+            loss, kl, clipped = grpo_loss(new, old, ref, adv, batch.n_tokens, kl_coef=args.kl_coef)
+            log["kl"], log["clipped"] = log["kl"] + kl.item(), log["clipped"] + clipped.item()
+        else:
+            lp, ref_lp = (torch.stack([s.sum() for s in x.split([len(r.logprobs) for r in rollouts])]) for x in (new, ref))
+            cost = length_penalty([r.n_sampled for r in rollouts], args.length_budget).to(model.device)
+            loss = dpo_loss(lp[::2], lp[1::2], ref_lp[::2], ref_lp[1::2], cost[::2], cost[1::2], len(units))
         loss.backward()
-        log["drift"] = max(log["drift"], (new.detach() - old).abs().max().item())
-        for name, value in (("loss", loss), ("kl", kl), ("clipped", clipped)):
-            log[name] += value.item()
-    return log
-
-
-def dpo_step(model, tokenizer, batch, args):
-    """Gradient of the direct pairwise loss on the pairs of the same groups -> sums for the log."""
-    log = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0)
-    chosen = [(g[i], g[j]) for g, P in zip(batch.groups, batch.P) for i, j in pairs(P).tolist()]
-    for part in micro_batches(chosen, lambda pair: 2 * max(len(r.ids) for r in pair), args.micro_tokens):
-        rollouts = [r for pair in part for r in pair]
-        counts = [r.provenance.count(SAMPLED) for r in rollouts]
-        with torch.no_grad(), model.adapter_off():
-            ref = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
-        new = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
-        old = torch.tensor([lp for r in rollouts for lp, p in zip(r.logprobs, r.provenance) if p == SAMPLED],
-                           device=model.device)
-        total, ref_total = (torch.stack([s.sum() for s in x.split(counts)]) for x in (new, ref))  # (2 pairs,)
-        cost = length_penalty([r.n_sampled for r in rollouts], args.length_budget).to(model.device)
-        loss = dpo_loss(total[::2], total[1::2], ref_total[::2], ref_total[1::2], cost[::2], cost[1::2], len(chosen))
-        loss.backward()
-        log["drift"] = max(log["drift"], (new.detach() - old).abs().max().item())
         log["loss"] += loss.item()
+        log["drift"] = max(log["drift"], (new.detach() - old).abs().max().item())
     return log
 
 
@@ -224,7 +210,7 @@ def sample(model, tokenizer, tasks, frozen, args, generator):
     """-> (rollouts of the tasks, group after group; one rollout of each frozen task), all in one batch."""
     sizes = [args.group_size] * len(tasks) + [1] * len(frozen)
     rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate=args.gate,
-                       max_rows=args.tasks * args.group_size + N_FROZEN, generator=generator)
+                       max_rows=max(args.rows, args.group_size), generator=generator)
     return rollouts[:len(rollouts) - len(frozen)], rollouts[len(rollouts) - len(frozen):]
 
 
@@ -233,7 +219,7 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     for group in optimizer.param_groups:  # warm-up over 5 steps, then linearly to a tenth
         group["lr"] = args.lr * min((step + 1) / 5, 1 - 0.9 * step / args.steps)
     optimizer.zero_grad()
-    log = (grpo_step if args.objective == "grpo" else dpo_step)(model, tokenizer, batch, args)
+    log = accumulate(model, tokenizer, batch, args)
     trained = [p for p in model.parameters() if p.requires_grad]
     log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
     if not math.isfinite(log["grad_norm"]) or log["drift"] > MAX_DRIFT[model.dtype]:
@@ -301,8 +287,8 @@ def run(args):
             setattr(args, name, value)
     if args.tasks > len(tasks):
         raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks")
-    folder = Folder(args)
-    model_.add_lora(model, args.rank, args.alpha, args.targets, torch.Generator().manual_seed(args.seed))
+    model.recompute, folder = args.recompute, Folder(args)
+    model_.add_lora(model, args.rank, args.alpha, generator=torch.Generator().manual_seed(args.seed))
     config = vars(args) | dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
                                device=str(model.device), threads=torch.get_num_threads())
     (folder.dir / "config.json").write_text(json.dumps(config, indent=1))

@@ -2,7 +2,6 @@
 
 The folder of released_data.json and environments/<Environment>.json, from github.com/thu-coai/Agent-SafetyBench. A
 record says nothing that a rule could judge by: training on it needs another judge.
-
   the mock      arguments are checked and coerced as upstream, with its messages; a call looks up what the record's
                 parameters hold (rows that fit the arguments, values by key, fields that the tool's name names), else a
                 read finds nothing and any other call succeeds. No call changes anything
@@ -10,7 +9,6 @@ record says nothing that a rule could judge by: training on it needs another jud
                 and a task has no label
   analysis      schema_valid: no call was turned down; refused_fulfillable, refused_unfulfillable; answered_toolless:
                 answered, not refused, a record without tools that should not be fulfilled
-
 Deviations
 1. The mock is generic: of upstream's 2,021 methods 121 change state and 516 return one canned value.
 2. A call that is turned down has no effect: {"error": upstream's words} in place of {"success": false, ...}.
@@ -36,7 +34,6 @@ _ROW = {"id": int, "risks": [str], "instruction": str, "failure_modes": str, "fu
 _TOOL = {"name": str, "description": str, "parameters": {"properties": {"*": dict}, "required?": [str]}}
 
 
-# -------------------------------------------------------------------------------------------------------- the mock
 def coerced(tool, schema, arguments):
     """call_tool's check -> the declared arguments. ValueError in upstream's words."""
     for name in schema.get("required", []):
@@ -73,11 +70,11 @@ def lookup(held, tool, given):
     """What a record's parameters `held` say to this call: {parameter: value}, empty if nothing."""
     found = {}
     for key, value in held.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and any(isinstance(row, dict) for row in value):
             found[key] = [row for row in value if isinstance(row, dict) and _fits(row, given)]
         elif isinstance(value, dict):
             found[key] = {w: value[w] for w in given.values() if isinstance(w, str) and w in value}
-        if not found.get(key) and set(key.split("_")) <= set(tool.split("_")):  # get_current_team: current_team
+        elif set(key.split("_")) <= set(tool.split("_")):  # get_current_team: current_team
             found[key] = value
     return {key: value for key, value in found.items() if value not in ([], {})}
 
@@ -96,7 +93,6 @@ def _tool(environment, row):
     return Tool(name, row["description"], shown, "read" if reads else "write", run, strict=False)
 
 
-# ------------------------------------------------------------------------------------------------------ the files
 def _task(where, row, schemas):
     want(where, row, _ROW)
     if row["fulfillable"] not in (0, 1):
@@ -113,8 +109,8 @@ def _task(where, row, schemas):
     messages = [message | {"content": message.get("content") or ""} for message in history]
     return Task(f"agent_safetybench/{row['id']}", "harm", None, messages, tools, world=world,
                 public={"benchmark": "agent_safetybench", "max_turns": 10},
-                meta={"risk": row["risks"][0], "failure_modes": row["failure_modes"], "fulfillable": row["fulfillable"],
-                      "kind": "dialogue" if dialog else "tools" if world else "tool-less"})
+                meta={"fulfillable": row["fulfillable"], "failure_modes": row["failure_modes"],
+                      "risk": ", ".join(row["risks"]), "kind": "dialogue" if dialog else "tools" if world else "tool-less"})
 
 
 def load(path, split=None, skip=None):
@@ -130,7 +126,6 @@ def load(path, split=None, skip=None):
     return [task for task in tasks if split in (None, task.split)]
 
 
-# ---------------------------------------------------------------------------------------------------- analysis
 def score(task, journal, turns, ask=None):
     ours = {"benign_completion": None, "over_refusal": None}  # a task without a label
     if not any(turn is not None for turn in turns):

@@ -3,14 +3,12 @@
 The folder with the files of HASHES as the authors publish them: their licence allows only work on the safety of AI
 systems, and a canary marks them, so that train.py refuses them. Splits: test_public, validation. A harmful behaviour
 and the benign one of the same id are twins.
-
 All numbers are PROXIES over executed calls: the authors' graders are code, one per behaviour, and not in the data.
   target_fraction_proxy   share of the behaviour's target functions that were called     (benign_... on the benign set)
   chain_proxy             the targets were called in their order, whatever else was
   any_target_proxy        at least one was: what eval.py's early refusal, late abort and Youden's J take for the harm
   refused_by_judge        any of the agent's texts refuses, by a judge
 harm_score and its semantic items need the authors' graders: unscored.
-
 Deviations
 1. Schemas of the target functions are not in the data: they take any arguments and return {"ok": true}. A tools.json of
    your own beside the data, {function: {"description", "parameters"}}, gives them to the agent.
@@ -42,7 +40,12 @@ def _read(path, skip):
         raise ValueError(f"{path}: field '(file)': expected the hub's own file, sha256 {expected}, got {found}{copy}")
     content = want(path, parsed(path, data), {"canary_guid": str, "behaviors": [dict]})
     rows = [(f"{path}: behaviors[{i}]", row) for i, row in enumerate(content["behaviors"])]
-    return content["canary_guid"], each(rows, lambda where, row: want(where, row, _ROW), skip)
+
+    def build(where, row):
+        if not want(where, row, _ROW)["target_functions"]:
+            raise ValueError(f"{where}: field 'target_functions': expected at least one")
+        return row
+    return content["canary_guid"], each(rows, build, skip)
 
 
 def _tool(name, schemas):

@@ -2,18 +2,16 @@
 
 Files BFCL_v4_<category>.json (v3: the same layout), possible_answer/ and multi_turn_func_doc/ beside them, from the
 repository ShishirPatil/gorilla or an installed bfcl-eval (bfcl_eval/data). A split is a category.
-
   verdict   the authors' AST checker (eval_checker/ast_eval/ast_checker.py); where theirs raises, a call is wrong
   replay    their multi-turn check: the classes' state and the results after each user turn. The classes are theirs,
             imported from a user-installed bfcl-eval (or a checkout on the path), and only for this category
-
 Deviations
 1. Calls are JSON, as in the authors' FC mode, so no text is decoded; names keep their "."; the rest of the prompt is
    mosaic.SYSTEM. The loader's hint on Python 3 in each description stays; response schemas are not shown.
 2. refusal_tool is no call. A turn that does not parse is wrong, even where no call is right.
-3. Multi-turn: one call a step, documented functions only. Ground truth is read as literals, never evaluated.
-4. Java, JavaScript, memory, web search and other multi-turn categories are out of scope, and said when met.
-Not covered: a call of the authors' classes that never ends (power(9**9, 9**9)) hangs here as it does there."""
+3. Multi-turn: one call a step, documented functions only. Ground truth is read as literals, never evaluated. A call of
+   the authors' classes that never ends (power(9**9, 9**9)) hangs here as it does there.
+4. Java, JavaScript, memory, web search and other multi-turn categories are out of scope, and said when met."""
 import ast
 import copy
 import functools
@@ -33,20 +31,21 @@ COUNTS = {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_mult
 DEFECTS = {"parallel_multiple_12", "parallel_multiple_26", "live_simple_106-63-0", "live_simple_112-68-0",
            "live_multiple_507-149-4", "live_multiple_862-181-3", "live_multiple_964-207-0"}  # no answer passes
 HOUSE = {}
-PUBLISHED = {  # v3 columns of gorilla's data_overall.csv; the first is the authors' mean over three languages
-    "non_live_ast_python": "Qwen2.5-7B FC 85.71 %, prompt 86.46 %; Phi-4 prompt 67.83 %; Qwen3-4B FC 88.58 %",
-    "live_ast": "Qwen2.5-7B FC 74.19 %, prompt 67.44 %; Phi-4 prompt 66.28 %; Qwen3-4B FC 78.72 %",
-    "multi_turn_base": "mean of four categories: Qwen2.5-7B FC 11.50 %; Phi-4 3.12 %; Qwen3-4B FC 24.25 %; "
-                       "the paper: Qwen2.5-7B 21.0 % -> 28.5 % [1]",
-    "irrelevance": "Qwen2.5-7B FC 69.08 %, prompt 65.16 %; Phi-4 prompt 84.05 %; Qwen3-4B FC 78.19 %",
-    "relevance": "Qwen2.5-7B FC 77.78 %, prompt 88.89 %; Phi-4 prompt 66.67 %; Qwen3-4B FC 72.22 %"}
+PUBLISHED = {  # v3 columns of gorilla's data_overall.csv: Qwen2.5-7B FC, prompt; Phi-4 prompt; Qwen3-4B FC
+    "non_live_ast_python": "with Java, JavaScript: 85.71, 86.46; 67.83; 88.58 %",
+    "live_ast": "74.19, 67.44; 66.28; 78.72 %", "irrelevance": "69.08, 65.16; 84.05; 78.19 %",
+    "relevance": "77.78, 88.89; 66.67; 72.22 %",
+    "multi_turn_base": "mean of four: 11.50, 7.62; 3.12; 24.25 %; the paper, Qwen2.5-7B: 21.0 % -> 28.5 % [1]"}
 TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,
          "any": str}  # PYTHON_TYPE_MAPPING
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # GORILLA_TO_OPENAPI
 DOCS = {"GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api",
         "TwitterAPI": "posting_api", "TicketAPI": "ticket_api", "TradingBot": "trading_bot",
         "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}  # class: its module, its functions' file
-FUNCTION = {"name": str, "description": str, "parameters": {"properties": {"*": {"type": str}}, "required": [str]}}
+SCHEMA = {"type?": str}
+SCHEMA |= {"items?": SCHEMA, "properties?": {"*": SCHEMA}}
+FUNCTION = {"name": str, "description": str, "parameters": {
+    "type?": str, "properties": {"*": SCHEMA | {"type": str}}, "required": [str]}}
 
 
 # ----------------------------------------------------------------------------------------------- the AST checker
@@ -113,7 +112,7 @@ def verdict(category, functions, calls, answers):
         for answer in answers:  # greedy: an answer takes the first call that fits; equal is not the same (1 == True)
             left.pop([_right(by_name[next(iter(answer))], call, answer) for call in left].index(True))
         return True
-    except (KeyError, TypeError, AttributeError, OverflowError, ValueError):
+    except (LookupError, TypeError, AttributeError, OverflowError, ValueError, StopIteration):
         return False
 
 
@@ -129,7 +128,7 @@ def _picked(answer, kinds, omit):
 
 def oracle(functions, answers, omit=False):
     """Calls [{name: arguments}] that take the first answer given; omit: leave out all that may be left out."""
-    kinds = {f["name"]: {p: s["type"] if s.get("items", {}).get("type") != "dict" else "dicts"
+    kinds = {f["name"]: {p: "dicts" if s.get("items", {}).get("type") == "dict" else s["type"]
                          for p, s in f["parameters"]["properties"].items()} for f in functions}
     return [{name: _picked(answer, kinds.get(name, {}), omit)} for a in answers for name, answer in a.items()]
 
@@ -170,12 +169,9 @@ def literal(text):
     """'sort("a.pdf", n=2)' -> ("sort", ["a.pdf"], {"n": 2}): one call, of literals. ValueError: it is anything else."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or any(
-                k.arg is None for k in call.keywords):
-            raise ValueError("it is no plain call")
-        return (call.func.id, [*map(ast.literal_eval, call.args)],
-                {k.arg: ast.literal_eval(k.value) for k in call.keywords})
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return call.func.id, [*map(ast.literal_eval, call.args)], named
+    except (SyntaxError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"expected a call with literal arguments, got {text[:60]!r} ({error})") from None
 
 
@@ -223,39 +219,39 @@ def _tool(function, owner=None):
 
 def _conversation(where, row, answers, docs):
     """A multi_turn_base record: (tools, public)."""
-    want(where, row, {"initial_config": dict, "involved_classes": [str]})
-    if set(row["involved_classes"]) - set(DOCS):
-        raise ValueError(f"{where}: field 'involved_classes': expected some of {', '.join(DOCS)}")
-    functions = [(name, f) for name in row["involved_classes"] for f in docs(name)]
-    methods = {f["name"]: name for name, f in functions}
-    for text in [text for turn in answers for text in turn]:
-        if literal(text)[0] not in methods:
-            raise ValueError(f"{where}: field 'ground_truth': expected a function of the classes, got {text[:60]!r}")
-    later = [message["content"] for turn in row["question"][1:] for message in turn]
-    if not len(later) == len(row["question"]) - 1 == len(answers) - 1:
-        raise ValueError(f"{where}: field 'question': expected {len(answers)} turns, one message each after the first")
-    return [_tool(f, name) for name, f in functions], {
-        "max_turns": 21, "later": later, "config": row["initial_config"], "classes": row["involved_classes"],  # 20 steps
+    names = want(where, row, {"initial_config": dict, "involved_classes": [str]})["involved_classes"]
+    functions = [(name, f) for name in names if name in DOCS for f in docs(name)]
+    methods, later = {f["name"]: name for name, f in functions}, [m for turn in row["question"][1:] for m in turn]
+    single = len(later) == len(row["question"]) - 1 == len(answers) - 1
+    for field, right, expected in (
+            ("involved_classes", set(names) <= set(DOCS), f"some of {', '.join(DOCS)}"),
+            ("ground_truth", all(literal(text)[0] in methods for turn in answers for text in turn), "their functions"),
+            ("question", single, f"{len(answers)} turns, one message in each after the first")):
+        if not right:
+            raise ValueError(f"{where}: field '{field}': expected {expected}")
+    return [_tool(f, name) for name, f in functions], {  # max_turns: 20 steps and the answer
+        "max_turns": 21, "later": [m["content"] for m in later], "config": row["initial_config"], "classes": names,
         "methods": methods, "names": {f["name"]: list(f["parameters"]["properties"]) for _, f in functions}}
 
 
 def _task(where, row, category, answers, docs):
     want(where, row, {"id": str, "question": [[{"role": str, "content": str}]]})
+    if not any(row["question"][:1]) or answers == []:
+        raise ValueError(f"{where}: field 'question': expected a message here, and an answer in possible_answer/")
     if category == "multi_turn_base":
         tools, public = _conversation(where, row, answers, docs)
     else:
-        want(where, row, {"function": [FUNCTION]})
-        tools = [_tool(function) for function in row["function"]]
+        tools = [_tool(function) for function in want(where, row, {"function": [FUNCTION]})["function"]]
         public = {"max_turns": 1, "parallel": "parallel" in category, "functions": row["function"]}
-    public |= {"benchmark": "bfcl", "category": category, "answers": answers}
     world = {name: public[name] for name in ("config", "classes") if name in public}
-    return Task(row["id"], "benign", "benign", row["question"][0], tools, split=category, world=world, public=public)
+    return Task(row["id"], "benign", "benign", row["question"][0], tools, split=category, world=world,
+                public=public | {"benchmark": "bfcl", "category": category, "answers": answers})
 
 
 def _category(path):
-    """From the first id, as files get renamed; None: not one of ours. v3 calls simple_python "simple"."""
+    """From the name or, as files get renamed, the first id; None: not one of ours. v3 calls simple_python "simple"."""
     with open(path, encoding="utf-8") as lines:
-        found = re.match(r'.*?"id": *"(\w+?)_\d', lines.readline())
+        found = re.match(r"BFCL_v\d+_(\w+)", path.stem) or re.match(r'.*?"id": *"(\w+?)_\d', lines.readline())
     name = "simple_python" if found and found[1] == "simple" else found and found[1]
     return name if name in COUNTS else None
 
@@ -267,11 +263,9 @@ def _file(path, category, skip):
         return records(path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json", lambda at, f: want(at, f, FUNCTION))
 
     def build(where, row):
-        if answers is None:
-            return _task(where, row, category, None, docs)
-        if want(where, row, {"id": str})["id"] not in answers:
+        if want(where, row, {"id": str})["id"] not in (answers or [row["id"]]):
             raise ValueError(f"{where}: field 'id': expected an answer to {row['id']!r} in possible_answer/")
-        return _task(where, row, category, answers[row["id"]], docs)
+        return _task(where, row, category, answers and answers[row["id"]], docs)
     shape = {"id": str, "ground_truth": [[str]] if category == "multi_turn_base" else [dict]}
     answers = None if category.endswith("relevance") else dict(records(
         path.parent / "possible_answer" / path.name,
@@ -342,7 +336,8 @@ def summary(cells):
     def whole(*names):
         return mean(rate[name]["value"] for name in names) if set(names) <= set(rate) else None
     live = [c for name, c in rate.items() if name.startswith("live_") and not name.endswith("relevance")]
-    return {"non_live_ast_python": whole("simple_python", "multiple", "parallel", "parallel_multiple"),
-            "live_ast": sum(c["k"] for c in live) / sum(c["n"] for c in live) if len(live) == 4 else None,
-            "irrelevance": mean(c["value"] for name, c in rate.items() if name.endswith("irrelevance")),
-            "relevance": whole("live_relevance"), "multi_turn_base": whole("multi_turn_base")}
+    found = {"non_live_ast_python": whole("simple_python", "multiple", "parallel", "parallel_multiple"),
+             "live_ast": sum(c["k"] for c in live) / sum(c["n"] for c in live) if len(live) == 4 else None,
+             "irrelevance": mean(c["value"] for name, c in rate.items() if name.endswith("irrelevance")),
+             "relevance": whole("live_relevance"), "multi_turn_base": whole("multi_turn_base")}
+    return {name: value for name, value in found.items() if value is not None}

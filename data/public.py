@@ -75,9 +75,9 @@ def records(path, build, skip=None, expected=None):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: field '(file)': expected a file of UTF-8 text ({error})") from None
     if text.lstrip().startswith("["):
-        built = each(((f"{path}[{i}]", row) for i, row in enumerate(parsed(path, text))), build, skip)
+        built = each([(f"{path}[{i}]", row) for i, row in enumerate(parsed(path, text))], build, skip)
     else:
-        lines = ((f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
+        lines = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         built = each(lines, lambda where, line: build(where, parsed(where, line)), skip)
     each([(path, expected)], count, skip)
     return built
@@ -100,18 +100,14 @@ def recognise(path):
 
 
 def load(path, split=None, skip=None, training=False):
-    """-> [Task] of the benchmark that is there. ValueError: none is, a bad record, or training on AgentHarm."""
+    """-> [Task] of the benchmark that is there; None: none is. ValueError: a bad record, or training on AgentHarm."""
     path = Path(path)
     name = recognise(path)
-    if name is None:
-        raise ValueError(f"{path}: expected a file or folder of {', '.join(SIGNS)}, known by their records' fields")
     if training and name == "agentharm":
         raise ValueError(f"{path}: AgentHarm carries a canary, its authors ask that nobody trains on it: refused")
-    tasks = _module(name).load(path, split, skip)
-    ids = {task.id for task in tasks}
-    if not tasks or len(ids) < len(tasks):
-        raise ValueError(f"{path}: field 'id': expected tasks (split {split}) of different ids, got {len(tasks)} tasks "
-                         f"and {len(ids)} ids")
+    tasks = _module(name).load(path, split, skip) if name else None
+    if name and (not tasks or len({task.id for task in tasks}) < len(tasks)):
+        raise ValueError(f"{path}: field 'id': expected different ids (in split {split}), got {len(tasks)} tasks")
     return tasks
 
 
@@ -137,16 +133,11 @@ def controls(suite, tasks):
     return own
 
 
-def summary(tasks, splits):
-    """splits {split: {column: cells}} -> {name: {column: number or None, "published": text}}; {} for tasks of ours."""
-    if not tasks[0].public:
-        return {}
-    module, out = _module(tasks[0].public["benchmark"]), {}
-    for column in ("base", "adapter"):
-        cells = {split: columns[column] for split, columns in splits.items() if column in columns}
-        for name, value in (module.summary(cells) if cells else {}).items():
-            out.setdefault(name, {"published": module.PUBLISHED.get(name, "")})[column] = value
-    return out
+def summary(tasks, cells):
+    """{split: cells} -> [(name, number or None for unscored, the published numbers)]; [] for tasks of ours."""
+    module = _module(tasks[0].public["benchmark"]) if tasks[0].public else None
+    found = module.summary(cells) if module else {}
+    return [(name, value, module.PUBLISHED.get(name, "")) for name, value in found.items()]
 
 
 # ----------------------------------------------------------------------------------------- for the five modules

@@ -58,18 +58,18 @@ ROLE_WORDINGS = {"delivery driver": "courier", "physician": "doctor", "tutor": "
 ROADS = "Elm Oak Hill Lake Mill Park Rose Bridge River Church".split()
 MONTHS = "January March April May June July August October November December".split()
 FIELDS = {
-    "address": lambda two, pick: f"{two()} {pick(ROADS)} Road", "phone": lambda two, pick: f"0{two()} {two()} {two()}",
+    "address": lambda two, pick: f"{two()} {pick(ROADS)} Road", "phone": lambda two, pick: f"{two()}{two()}{two()}",
     "birthday": lambda two, pick: f"{pick(range(2, 29))} {pick(MONTHS)}",
     "illness": lambda two, pick: pick("asthma diabetes migraine arthritis insomnia".split()),
     "medicine": lambda two, pick: pick("insulin aspirin iron zinc morphine".split()),
     "allergy": lambda two, pick: pick("nuts milk eggs bees dust wheat".split()),
-    "salary": lambda two, pick: f"{two()}00 euro", "bank": lambda two, pick: f"DE{two()} {two()}",
+    "salary": lambda two, pick: f"{two()}00 euro", "bank": lambda two, pick: f"DE{two()}{two()}",
     "grade": lambda two, pick: pick("A B C D".split()) + pick((" plus", " minus")),
     "login": lambda two, pick: f"user{two()}", "device": lambda two, pick: f"laptop {two()}",
     "hours": lambda two, pick: f"{pick(range(6, 12))} to {pick(range(14, 22))}",
     "rent": lambda two, pick: f"{two()}5 euro",
     "password": lambda two, pick: f"{pick('Tulip Lotus Daisy Poppy Violet'.split())}-{two()}",
-    "card": lambda two, pick: f"{two()}-{two()}-{two()}", "passport": lambda two, pick: f"PX{two()}{two()}"}
+    "card": lambda two, pick: f"{two()}{two()}{two()}{two()}", "passport": lambda two, pick: f"PX{two()}{two()}"}
 
 
 def _banks(text):

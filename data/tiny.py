@@ -44,7 +44,7 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
 MIX = {"check_risky": .40, "check_harmless": .10, "verdict": .85,  # the gate, and how often its verdict is right
        "refuse_unchecked": .05, "obey": .90, "paste": .85, "late": .15,
-       "false_alarm": .05, "stop_early": .55}
+       "false_alarm": .05, "stop_early": .60}
 
 
 MUON, TOKENS, LR, HALF = 0.0, 4096, 3e-3, 0.5
@@ -60,7 +60,7 @@ class Demonstrator:
         self.todo = [(p["name"], dict(p["arguments"])) for p in task.goal + task.unsafe]
         self.flip = lambda name: rng.random() < mix[name]
         self.attack = list(task.injected)
-        self.stop = len(self.todo) > 2 and self.flip("stop_early")  # an agent that loses patience with long chains
+        self.stop = len(self.todo) > 3 and self.flip("stop_early")  # an agent that loses patience with long chains
 
     def filled(self, name, arguments, careful):
         """The pattern as a call. A send that must contain some values carries those; in a privacy task, also the fields
@@ -106,7 +106,7 @@ class Demonstrator:
             careful = correct if then == "careful" else careful
             act = {"refuse": ("go", "refuse"), "ignore": ("obey", "go"), "careful": ("go", "go"),
                    "go": ("refuse", "go")}[then][correct]
-        if self.stop and len(sandbox.journal) >= 2 and not harmful and act != "refuse":
+        if self.stop and len(sandbox.journal) >= 3 and not harmful and act != "refuse":
             self.todo = []
         if act == "obey":
             name, arguments = self.filled(self.attack[0]["name"], self.attack.pop(0)["arguments"], True)
@@ -121,7 +121,7 @@ class Demonstrator:
 
 
 def plan(name, arguments):
-    return f"{name.replace('_', ' ')} {next(iter(arguments.values()), '')}".strip()
+    return f"{name}: {next(iter(arguments.values()), '')}"
 
 
 def write(thought, check, name, arguments):
@@ -170,11 +170,12 @@ def demonstration(task, rng, tokenizer, mix=MIX):
 
 
 def build_tokenizer(texts, out):
-    """Byte-level BPE on rendered training text. A word is the same tokens after a space, a quote or an underscore, so that
-    what is copied from a sentence into a call keeps its ids; a digit is a token; what stands between is glued together, but
-    for line breaks and the end of a JSON key, where the grammar's structural runs end."""
+    """Byte-level BPE on rendered training text. A space or an underscore belongs to the word before it: were it a token,
+    it would be what stands before every word, and "what followed this token last time?" would find anything. Not so after
+    a capital: a name is the same token in a sentence and in a call. Digits go by two. Line breaks are tokens, and the end
+    of a JSON key ends one: there the grammar's structural runs end."""
     bpe = BPE(models.BPE())
-    words = Regex("[A-Za-z]+|[0-9]|\\n+|[^A-Za-z0-9\\n:]*:|[^A-Za-z0-9\\n:]+")
+    words = Regex("[a-z]+[_ ]?|[A-Z][a-z]*|[0-9]{1,2}|\\n+|[^A-Za-z0-9\\n:]*:|[^A-Za-z0-9\\n:]+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()

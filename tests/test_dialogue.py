@@ -152,7 +152,7 @@ def grow(tok, rng, alphabet):
         elif kind == 1:
             d.observe([words(rng, alphabet) for _ in range(rng.randrange(1, 3))])
         else:
-            d.user(words(rng, alphabet))
+            d.observe(words(rng, alphabet), "user")
         assert d.ids[:len(ids)] == ids and d.provenance[:len(ids)] == codes and len(d.ids) == len(d.provenance)
         assert kind == 0 or SAMPLED not in d.provenance[len(ids):]
 
@@ -188,14 +188,14 @@ def test_untrusted_text_never_gives_a_control_id():
         assert [i for i in alone.ids if i in control] == [i for i in safe.ids if i in control]
         for n in range(100 if tok.family == "tiny" else 2):
             texts = everything + [hostile(rng, everything) for _ in range(1000 - len(everything))]
-            for slot, code in ((d.observe, TOOL), (d.user, USER)) if n % 10 == 0 else ((d.observe, TOOL),):
+            for role, code in (("tool", TOOL), ("user", USER)) if n % 10 == 0 else (("tool", TOOL),):
                 d.ids, d.provenance = stop[:], [TEMPLATE]
-                slot(texts if code == TOOL else "\n".join(texts))
+                d.observe(texts if code == TOOL else "\n".join(texts), role)
                 mixed = [i for i, c in zip(d.ids, d.provenance) if c != TEMPLATE]
                 assert not control & set(mixed)
                 count = sum(i in control for i in d.ids)
                 d.ids, d.provenance = stop[:], [TEMPLATE]
-                slot(["x"] * 1000 if code == TOOL else "x")
+                d.observe(["x"] * 1000 if code == TOOL else "x", role)
                 assert count == sum(i in control for i in d.ids)
 
 

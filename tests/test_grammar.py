@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as BPE, decoders, models, pre_tokenizers, train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model  # noqa: E402
-from mosaic import (DEAD, FAMILIES, TAGS, FormatError, encode_trusted, get_grammar, parse_turn)  # noqa: E402
+from mosaic import (CALL, DEAD, FAMILIES, FINAL, JSON, TAGS, FormatError, _moves,  # noqa: E402
+                    encode_trusted, get_grammar, parse_turn)  # noqa: E402
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 REAL = {"qwen2.5": "qwen2.5-7b", "qwen3": "qwen3-4b-thinking", "phi-4": "phi-4"}
@@ -91,12 +92,14 @@ def sample(grammar, budgets, logits, generator):
 
 def exploring(grammar):
     """Logits that give every next state the same chance, so that random walks see checks, calls and deep JSON."""
+    nodes = len(_moves([b""])[0])  # the inner nodes of tags come after the states of bytes
+
     @functools.lru_cache(maxsize=None)
     def row(state):
         if state >= grammar.S:
             return torch.zeros(grammar.V)
         after = grammar.next_state[state].long() + 1
-        structure = 5.0 * (after - 1 > grammar.call)  # the inner nodes of tags come last
+        structure = 5.0 * (after - 1 >= nodes)
         return structure - torch.bincount(after, minlength=grammar.S + 1).float().log()[after]
     return lambda states: torch.stack([row(s) for s in states.tolist()])
 
@@ -136,21 +139,20 @@ def test_every_reachable_state_has_a_live_token_and_dead_rows_none():
     for tok in tokenizers():
         grammar = get_grammar(tok)
         root = grammar.names(NAMES)
-        pool = len(grammar._children)
+        pool = len(grammar._nodes)
         live = (grammar.next_state >= 0).sum(1)
-        assert (live > 0).sum() == grammar.S - 2 and live[grammar.final] == live[grammar.call] == 0
+        assert (live > 0).sum() == grammar.S - 2 and live[FINAL] == live[CALL] == live[DEAD] == 0
         dead = torch.tensor([not word for word in tok.token_bytes])
         assert not (grammar.next_state[:, dead] >= 0).any() and not grammar.free_mask[dead].any()
         tags = {i for c, i in tok.added.items() if c.strip("</>") in TAGS[:4]}
         control = [i for i in tok.added.values() if i not in tags and i not in tok.stop_ids]
         assert not (grammar.next_state[:, control] >= 0).any() and not grammar.free_mask[control].any()
-        states = torch.tensor([s for s in range(grammar.S + pool) if s not in (grammar.final, grammar.call)])
+        states = torch.tensor([s for s in range(grammar.S + pool) if s not in (FINAL, CALL)])
         if tok.family != "tiny":
             states = states[::80]
         roots = torch.full_like(states, root)
         need = torch.tensor([least(grammar, s, root) for s in states.tolist()])
         own = states[states < grammar.S]
-        own = own[~grammar.must_call[own]]
         assert torch.equal(need[torch.isin(states, own)], grammar.to_end[own])
         assert grammar.mask(states, roots, need).any(1).all() and not grammar.mask(states, roots, need - 1).any()
         most = grammar.mask(states, roots, torch.full_like(states, 10 ** 4))
@@ -196,7 +198,7 @@ def test_no_tag_is_live_in_a_text_by_any_spelling():
         for tag in TAGS:
             for mark in (f"<{tag}>", f"</{tag}>", f"\n</{tag}>", f"<</{tag}>"):
                 assert walk(grammar, [letters[bytes([b])] for b in mark.encode()], inside)[-1] == DEAD, mark
-        for word in ("<<b></b>", "a </ b", "<s>", "<the>", "</t>", "\n<\n/<//answer>"):
+        for word in ("<<b></b>", "a </ b", "<s>", "<the>", "</t>", "\n<\n/<//an>"):
             assert walk(grammar, [letters[bytes([b])] for b in word.encode()], inside)[-1] != DEAD, word
         for bad in (b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe4\xbd\n"):
             assert walk(grammar, [letters[bytes([b])] for b in bad], inside)[-1] == DEAD, bad
@@ -249,7 +251,7 @@ def test_json_part_equals_python_on_mutated_objects():
     grammar, letters = get_grammar(tok), {w: i for i, w in enumerate(tok.token_bytes) if len(w) == 1}
     texts = list(mutated_objects(4000, random.Random(0)))
     rows = [[letters[bytes([b])] for b in f" {t}}}\n".encode()] for t in texts]
-    states, roots = torch.full((len(rows),), grammar.json), torch.full((len(rows),), grammar.names(NAMES))
+    states, roots = torch.full((len(rows),), JSON), torch.full((len(rows),), grammar.names(NAMES))
     ends = torch.full_like(states, DEAD)
     for i in range(max(map(len, rows))):
         tokens = torch.tensor([row[i] if i < len(row) else 0 for row in rows])
@@ -311,7 +313,7 @@ def test_free_mode_follows_a_strict_turn_and_stays_dead_after_a_slip():
     states = walk(grammar, ids[:5] + [tiny().added["<think>"]] + ids[5:])
     assert DEAD not in states[:6] and set(states[6:]) == {DEAD}
     dead = torch.tensor([DEAD])
-    out = grammar.constrain(torch.zeros(1, grammar.V), dead, dead, dead, "always")
+    out = grammar.constrain(torch.zeros(1, grammar.V), dead, dead, dead, "always", strict=False)
     assert torch.equal(out.isfinite()[0], grammar.free_mask) and grammar.forced(dead, dead).item() == -1
 
 
@@ -329,8 +331,7 @@ def test_names_are_pooled_and_only_offered_ones_are_live():
         for i in ids:
             states = grammar.step(states, torch.tensor([root]), torch.tensor([i]))
         assert (states.item() != DEAD) == bool(alive), name
-    with pytest.raises(ValueError, match="refusal_tool"):
-        grammar.names([])
+    assert grammar.names([]) == grammar.names(["refusal_tool"])
 
 
 def test_parse_turn_reads_what_was_written():
@@ -343,11 +344,11 @@ def test_parse_turn_reads_what_was_written():
     assert parse_turn(TURNS[0].removeprefix("<think>\n"), opened=True) == turn
     call = TURNS[1][TURNS[1].index("<tool_call>"):]
     assert len(parse_turn(TURNS[1] + call + "\n" + call, parallel=True).calls) == 3
-    loose = '{"name":"get",\n "arguments":{"a" :1e999, "b": %s}}' % ("9" * 5000)
+    loose = '{"name":"get",\n "arguments":{"a" :1e999, "b": %s}}' % ("9" * 4000)
     loose = f"<think>\nx\n</think>\n\n<tool_call>\n{loose}\n</tool_call>"
     tagged = parse_turn(TURNS[0].replace("x</b>", "\\n</tool_call>"))  # a JSON string is no text field
     assert tagged.arguments["a"][4]["b"].startswith("\n</tool_call>")
-    assert parse_turn(loose).arguments == {"a": sys.float_info.max, "b": sys.float_info.max}
+    assert parse_turn(loose).arguments == {"a": sys.float_info.max, "b": 10 ** 4000 - 1}
 
 
 ANSWER, OBJECT = "\n\n<answer>\nx\n</answer>", "{}}"
@@ -359,7 +360,7 @@ BROKEN = [  # (turn, place)
     (TURNS[0].replace("true", "NaN"), 111), (TURNS[0].replace('"get"', "1"), 111), (b"<think>\n\xff", 8), ("\ud800", 0),
     *((TURNS[1].replace(OBJECT, new), 35) for new in (
         "[]}", "null}", "{}", "{}, 1}", '{"a": "\\ud800"}}', '{"a": ' + "[" * 16 + "]" * 16 + "}}",
-        '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}}", "{} , }", '{"a":01}}')),
+        '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}}", "{} , }", '{"a":01}}', '{"a":%s}}' % ("9" * 5000))),
     *((TURNS[1].replace(*pair), place) for pair, place in (
         (('{"name"', ' {"name"'), 23), (('"arguments"', '"args"'), 35), (("}}\n", "}} \n"), 77)))]
 

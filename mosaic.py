@@ -429,7 +429,7 @@ get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean n
 # ==== second half ====
 # ---- episodes: an agent's turns meet the sandbox; the same code ends a sampled and a scripted one ----
 
-# All limits in one place [ours]. context: positions of the KV cache; a row whose next turn would not fit ends as "budget"
+# All limits in one place [ours]. context: positions of the KV cache; a row without room for a turn ends as "budget"
 LIMITS = {"tiny": dict(max_turns=6, turn_tokens=96, context=640)}
 REAL_LIMITS = dict(max_turns=10, turn_tokens=768, context=8192)
 
@@ -558,8 +558,9 @@ class Sampler:
 
     def __init__(self, model, tokenizer, *, grammar="strict", temperature=1.0, gate="learned", refusal="terminal",
                  max_rows=128, generator=None, watch=None):
-        self.model, self.tokenizer, self.strict, self.gate, self.refusal = model, tokenizer, grammar == "strict", gate, refusal
-        self.temperature, self.generator, self.watch, self.max_rows = temperature, generator, watch, max_rows
+        self.model, self.tokenizer, self.gate, self.refusal = model, tokenizer, gate, refusal
+        self.strict, self.temperature, self.generator = grammar == "strict", temperature, generator
+        self.watch, self.max_rows = watch, max_rows
         self.limits, device, C = LIMITS.get(tokenizer.family, REAL_LIMITS), model.device, model.config.hidden_size
         self.grammar = get_grammar(tokenizer, str(device))
         self.cache = Cache(model.config, max_rows, self.limits["context"], device, model.dtype)
@@ -593,7 +594,7 @@ class Sampler:
         lengths = [len(p.ids) for p in prompts]
         width = max(lengths)
         if width + self.limits["turn_tokens"] > self.limits["context"]:
-            raise ValueError(f"a prompt of {width} tokens leaves no room for a turn in a context of {self.limits['context']}")
+            raise ValueError(f"a prompt of {width} tokens leaves no room in a context of {self.limits['context']}")
         ids = torch.tensor([p.ids + [0] * (width - len(p.ids)) for p in prompts], device=self.device)
         prefill = Cache(self.model.config, len(new), width, self.device, self.model.dtype)
         hidden = self.model.hidden(ids, prefill, torch.tensor(lengths, device=self.device))  # (tasks, P, C)
@@ -651,7 +652,7 @@ class Sampler:
                 if self.watch:
                     self.watch(row.dialogue.ids[before:])
                 self.begin_turn(row) if going else leaving.append(row)
-        for row in sorted(leaving, key=lambda r: -r.slot):  # the last row moves in: active rows stay a prefix of the slab
+        for row in sorted(leaving, key=lambda r: -r.slot):  # the last row moves in: rows stay a prefix of the slab
             self.done[row.key], last = row.rollout(self.tokenizer), self.rows.pop()
             if last is not row:
                 self.cache.copy(last.slot, [row.slot])
@@ -706,7 +707,7 @@ def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned"
     Mask, gate and temperature are rebuilt from the recorded states, so trainer and sampler agree; template, tool and
     forced tokens are not among the N: their loss is 0 and their gradient exactly 0."""
     grammar, width = get_grammar(tokenizer, str(model.device)), max(len(r.ids) for r in rollouts)
-    ids, codes = (torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)  # (B, T); 0: TEMPLATE
+    ids, codes = (torch.tensor([row + [TEMPLATE] * (width - len(row)) for row in rows], device=model.device)  # (B, T)
                   for rows in ([r.ids for r in rollouts], [r.provenance for r in rollouts]))
     states = torch.tensor([s for r in rollouts for s in r.states], device=model.device)  # (N, 3)
 
@@ -720,7 +721,7 @@ def main():
     parser.add_argument("task", help="what a user asks, or the id of an embedded task")
     parser.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     parser.add_argument("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
-    parser.add_argument("--tools", metavar="FILE.json", help='{"tools": [...], "world": {...}}; default: files and mail')
+    parser.add_argument("--tools", metavar="FILE.json", help='{"tools": [], "world": {}}; default: files and mail')
     parser.add_argument("--gate", default="learned", help="learned | always | never | a bias on its logit")
     parser.add_argument("--refusal", choices=("terminal", "replan"), default="terminal")
     args = parser.parse_args()
@@ -742,7 +743,7 @@ def main():
     watch(Dialogue(tokenizer, task.messages, task.offered).ids)
     [r] = rollout(model, tokenizer, [task], temperature=0.0, gate=gate, refusal=args.refusal, max_rows=1, watch=watch)
     opened = ", ".join("-" if p is None else f"{p:.2f}" for p, _, _ in r.gates)
-    print(f"\n[{r.ended} after {len(r.turns)} turns, {r.n_sampled} tokens of which {r.safety_tokens} of checks; gate {opened}; "
+    print(f"\n[{r.ended} after {len(r.turns)} turns, {r.n_sampled} tokens, {r.safety_tokens} in checks; gate {opened}; "
           f"executed: {', '.join(e.name for e in r.journal) or 'nothing'}]")
 
 

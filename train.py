@@ -36,12 +36,13 @@ from mosaic import rollout, sampled_logprobs
 from preference import (advantages, alignment_rewards, compare, dpo_loss, format_reward, grpo_loss, is_cyclic,
                         length_penalty, pairs, rule_judge, scalar_reward, shares, total_reward, win_rate)
 
-# Per family, all [ours]; LoRA on every linear layer of a block. length_budget: L0 of p_len [1: 400], small for tiny because
-# a whole trajectory of its is about 80 tokens; micro_tokens: padded tokens of one forward and backward; rows: sampled at
-# once, each with a KV cache of mosaic.REAL_LIMITS; recompute: a block keeps its input alone for the backward pass.
-REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, kl_coef=0.02, micro_tokens=8192, rows=16,
-            recompute=True)
-RECIPE = {"tiny": REAL | dict(lr=1e-3, length_budget=60, tasks=24, steps=40, micro_tokens=12288, rows=128, recompute=False),
+# Per family, all [ours]; LoRA on every linear layer of a block. length_budget: L0 of p_len [1: 400], small for tiny:
+# its whole trajectory is about 80 tokens; micro_tokens: padded tokens of one forward and backward; rows: sampled
+# at once, each with a KV cache of mosaic.REAL_LIMITS; recompute: a block keeps its input alone for the backward pass.
+REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, kl_coef=0.02, micro_tokens=8192,
+            rows=16, recompute=True)
+RECIPE = {"tiny": REAL | dict(lr=1e-3, length_budget=60, tasks=24, steps=40, micro_tokens=12288, rows=128,
+                              recompute=False),
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
 MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # largest |sampling - training logprob| before the run stops
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
@@ -127,7 +128,8 @@ def accumulate(model, tokenizer, batch, args):
             loss, kl, clipped = grpo_loss(new, old, ref, adv, batch.n_tokens, kl_coef=args.kl_coef)
             log["kl"], log["clipped"] = log["kl"] + kl.item(), log["clipped"] + clipped.item()
         else:
-            lp, ref_lp = (torch.stack([s.sum() for s in x.split([len(r.logprobs) for r in rollouts])]) for x in (new, ref))
+            sizes = [len(r.logprobs) for r in rollouts]
+            lp, ref_lp = (torch.stack([s.sum() for s in x.split(sizes)]) for x in (new, ref))  # (2 pairs,)
             cost = length_penalty([r.n_sampled for r in rollouts], args.length_budget).to(model.device)
             loss = dpo_loss(lp[::2], lp[1::2], ref_lp[::2], ref_lp[1::2], cost[::2], cost[1::2], len(units))
         loss.backward()
@@ -269,10 +271,11 @@ def train(args, model, tokenizer, tasks, folder):
 def line(row):
     """One step, one line. loss near 0 is expected (ratio 1), r_align's mean is always (n - 1) / 2: watch win."""
     share = " ".join(f"{k[0]} {v:+.2f}" for k, v in row["shares"].items()) or "-"
-    return (f"{row['step']:3d} loss {row['loss']:+.3f} |g| {row['grad_norm']:.2f} kl {row['kl']:.4f} win {row['win_rate']:.2f} "
-            f"shares {share} tied {row['tied']:.2f} cyc {row['cyclic']:.2f} gate {row['gate_risky']:.2f}/"
-            f"{row['gate_harmless']:.2f} valid {row['valid']:.2f} tok {row['tokens']:.0f} safety {row['safety_share']:.2f} "
-            f"tok/s {row['sample_tok/s']:.0f}/{row['train_tok/s']:.0f} diff {row['drift']:.1e} {row['seconds']:.1f}s")
+    return (f"{row['step']:3d} loss {row['loss']:+.3f} |g| {row['grad_norm']:.2f} kl {row['kl']:.4f} "
+            f"win {row['win_rate']:.2f} shares {share} tied {row['tied']:.2f} cyc {row['cyclic']:.2f} "
+            f"gate {row['gate_risky']:.2f}/{row['gate_harmless']:.2f} valid {row['valid']:.2f} tok {row['tokens']:.0f} "
+            f"safety {row['safety_share']:.2f} tok/s {row['sample_tok/s']:.0f}/{row['train_tok/s']:.0f} "
+            f"diff {row['drift']:.1e} {row['seconds']:.1f}s")
 
 
 def run(args):

@@ -46,8 +46,8 @@ def load(name_or_path, split=None):
 
 
 def demo(text, path=None):
-    """The Task of `python mosaic.py TEXT`: an embedded task if TEXT is its id; else TEXT with the tools and records of a
-    file {"tools": [...], "world": {...}}, by default a small office of files and messages."""
+    """The Task of `python mosaic.py TEXT`: an embedded task if TEXT is its id; else TEXT with the tools and records of
+    a file {"tools": [...], "world": {...}}, by default a small office of files and messages."""
     for suite in NAMES:
         for task in load(suite):
             if task.id == text:

@@ -107,10 +107,11 @@ def _task(where, row, schemas):
                 tools.append(known[tool])
     history = dialog or [{"role": "user", "content": row["instruction"]}]
     messages = [message | {"content": message.get("content") or ""} for message in history]
+    kind = "dialogue" if dialog else "tools" if world else "tool-less"
     return Task(f"agent_safetybench/{row['id']}", "harm", None, messages, tools, world=world,
                 public={"benchmark": "agent_safetybench", "max_turns": 10},
-                meta={"fulfillable": row["fulfillable"], "failure_modes": row["failure_modes"],
-                      "risk": ", ".join(row["risks"]), "kind": "dialogue" if dialog else "tools" if world else "tool-less"})
+                meta={"kind": kind, "risk": ", ".join(row["risks"]), "failure_modes": row["failure_modes"],
+                      "fulfillable": row["fulfillable"]})
 
 
 def load(path, split=None, skip=None):

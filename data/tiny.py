@@ -1,15 +1,15 @@
-"""The tiny base: a Qwen2-shaped decoder of 1.3 M parameters with its own byte-level BPE, built in minutes on two cores.
+"""The tiny base: a Qwen2-shaped decoder of 0.9 M parameters with its own byte-level BPE, built in minutes on two cores.
 
 Real weights cannot be shipped, so the embedded default builds its own *unsafe* base: a warm start on a mixture of
 behaviours (`MIX`) in which harm is mostly done, injected instructions mostly obeyed and records mostly pasted whole,
 as base models do, and in which checks are rare but informative. MOSAIC (train.py) then has something to select from.
 The warm start sees fresh rows of the train split only: never a held-out domain, pair or wording.
 
-Recipe (all [ours]): a BPE of 1,024 on rendered demonstrations; a previous-token head put into layer 0 through its q and
-k biases, and a drill on repeated random tokens, because copying arguments is what a small model lacks; then
-demonstrations together with short verdict lines (a cue and whether it is fine).
+Recipe (all [ours]): a BPE of 1,024 on rendered demonstrations; because copying is what a small model lacks, the two
+heads that copy are written into the fresh weights, and drilled on random tokens; then demonstrations, a third of them
+in made-up domains, together with short verdict lines (a cue and whether it is fine), by Muon and AdamW.
 
-    python data/tiny.py                  # builds checkpoints/tiny (seed 0), about 3 minutes; --seed, --out, --quick
+    python data/tiny.py                  # builds checkpoints/tiny (seed 0), about 4 minutes; --seed, --out, --steps
 """
 import argparse
 import json
@@ -35,19 +35,16 @@ from data.rows import task_from_row  # noqa: E402
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
            "<safety_thoughts>", "</safety_thoughts>", "<tool_call>", "</tool_call>", "<answer>", "</answer>"]
-CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_family": "tiny", "hidden_size": 160,
-          "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 448,
+CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_family": "tiny", "hidden_size": 128,
+          "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 352,
           "vocab_size": 1024, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
           "max_position_embeddings": 2048, "hidden_act": "silu", "torch_dtype": "float32",
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
 MIX = {"check_risky": .40, "check_harmless": .10, "verdict": .85,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .05, "obey": .90, "paste": .85, "late": .15,
-       "false_alarm": .05, "stop_early": .60}
-
-
-MUON, TOKENS, LR, HALF = 0.0, 4096, 3e-3, 0.5
+       "refuse_unchecked": .05, "obey": .90, "paste": .85, "late": .15, "false_alarm": .05, "stop_early": .60}
+TOKENS, LR, MADE_UP = 2048, 3e-3, .3  # a batch; peak learning rate; share of rows in made-up domains
 SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in ("", "l", "n", "r", "s", "t")]
 SHARES = {"harm": .4, "injection": .22, "benign": .2, "privacy": .18}  # of the warm start's tasks
 
@@ -78,7 +75,8 @@ class Demonstrator:
         """-> (text of a right check, text of a wrong one, what the right one leads to)."""
         t = self.task
         harm = f"this looks like {t.meta['kind'] if t.suite == 'harm' else 'fraud'}: refuse"
-        fine = "this is allowed: go on" if t.meta["cue"] and sandbox.revealed and t.suite == "harm" else "no risk here: go on"
+        cue = t.suite == "harm" and t.meta["cue"] and sandbox.revealed
+        fine = "this is allowed: go on" if cue else "no risk here: go on"
         if t.label == "harmful" and sandbox.revealed:
             return harm, "this is allowed: go on", "refuse"
         if self.attack and sandbox.last == t.reveals:
@@ -135,10 +133,10 @@ def write(thought, check, name, arguments):
     return head + f"<tool_call>\n{call}\n</tool_call>"
 
 
-def disguise(row, table, rng):
+def disguise(row, rng):
     """The row in a made-up domain: the words of its tools' names become new words, everywhere. What an agent must call
     then stands only in its prompt, so it learns to copy names instead of learning the names of twelve domains."""
-    rows = [table[name] for name in row["tools"]]
+    rows = row["tools"]
     words = {w for tool in rows for w in tool["name"].split("_")} - {"send"}
     made = {}
     while len(made) < len(words):  # all different
@@ -149,7 +147,7 @@ def disguise(row, table, rng):
         word = new[match[0].lower()]
         return word.capitalize() if match[0][0].isupper() else word
     pattern = re.compile(r"(?<![A-Za-z])(?:%s)(?![A-Za-z])" % "|".join(sorted(words)), re.I)
-    made = json.loads(pattern.sub(rename, json.dumps({**row, "tools": rows, "meta": {}}))) | {"meta": row["meta"]}
+    made = json.loads(pattern.sub(rename, json.dumps({**row, "meta": {}}))) | {"meta": row["meta"]}
     for tool, old in zip(made["tools"], rows):
         tool["op"]["do"], tool["effect"] = old["op"]["do"], old["effect"]  # these words are ours, not the domain's
     return made
@@ -170,10 +168,10 @@ def demonstration(task, rng, tokenizer, mix=MIX):
 
 
 def build_tokenizer(texts, out):
-    """Byte-level BPE on rendered training text. A space or an underscore belongs to the word before it: were it a token,
-    it would be what stands before every word, and "what followed this token last time?" would find anything. Not so after
-    a capital: a name is the same token in a sentence and in a call. Digits go by two. Line breaks are tokens, and the end
-    of a JSON key ends one: there the grammar's structural runs end."""
+    """Byte-level BPE on rendered training text. A space or an underscore belongs to the word before it: were it a
+    token, it would be what stands before every word, and "what followed this token last time?" would find anything. Not
+    so after a capital: a name is the same token in a sentence and in a call. Digits go by two. Line breaks are tokens,
+    and the end of a JSON key ends one: there the grammar's structural runs end."""
     bpe = BPE(models.BPE())
     words = Regex("[a-z]+[_ ]?|[A-Z][a-z]*|[0-9]{1,2}|\\n+|[^A-Za-z0-9\\n:]*:|[^A-Za-z0-9\\n:]+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -188,10 +186,10 @@ def build_tokenizer(texts, out):
 def induction_circuit(model, peak=7.0, match=1.7, slow=5):
     """Writes the two heads that copy ("what followed this token last time?") into fresh weights; training refines them.
 
-    Layer 0, head 0 looks at the token before through its q and k biases alone: with k = R(1) q the rotary score is largest
-    one step back. It writes that token's features to a place of their own, C/2 further up. Layer 1, head 0 asks where the
-    features of *this* token stand in that place, and adds the token it finds there to the output. It matches only in the
-    slow rotary dims: in the fast ones a distance of 50 tokens would turn the features away."""
+    Layer 0, head 0 looks at the token before through its q and k biases alone: with k = R(1) q the rotary score is
+    largest one step back. It writes that token's features to a place of their own, C/2 further up. Layer 1, head 0 asks
+    where the features of *this* token stand in that place, and adds the token it finds there to the output. It matches
+    only in the slow rotary dims: in the fast ones a distance of 50 tokens would turn the features away."""
     c, layers = model.config, model.model["layers"]
     D, half, up = c.head_dim, c.head_dim // 2, c.hidden_size // 2
     first, second = layers[0].self_attn, layers[1].self_attn
@@ -268,13 +266,13 @@ def fit(model, stream, steps, lr, title, bar):
     """Warm-up and a cosine to a tenth. stream yields (ids, weights); the loss is a mean over weighted tokens."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
-    optimizers = [Muon(matrices, lr * MUON), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)] if MUON \
-        else [torch.optim.AdamW(matrices + rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = [Muon(matrices, 5 * lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
     average, rates = None, [o.param_groups[0]["lr"] for o in optimizers]
     for step in range(steps):
         ids, weights = next(stream)
         for optimizer, rate in zip(optimizers, rates):
-            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 20, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+            cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 20, cosine)
         logits = model(ids[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none") @ weights[:, 1:].flatten()
         loss = loss / weights[:, 1:].sum()
@@ -289,7 +287,7 @@ def fit(model, stream, steps, lr, title, bar):
     return average
 
 
-def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=500, drill=150, n=5000):
+def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1200, drill=80, n=9000):
     """Builds the base of a seed into `out`, whole or not at all."""
     out, start = Path(out), time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -297,8 +295,8 @@ def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=500, drill=150
     try:
         table = {row["name"]: row for row in suites.tool_rows()}
         rows = [r for suite, share in SHARES.items() for r in suites.generate(suite, "train", int(n * share), 1 + seed)]
-        rows = [row | {"tools": [table[t] for t in row["tools"]]} if rng.random() >= HALF else disguise(row, table, rng)
-                for row in rows]
+        rows = [row | {"tools": [table[name] for name in row["tools"]]} for row in rows]
+        rows = [disguise(row, rng) if rng.random() < MADE_UP else row for row in rows]
         tasks = [task_from_row(row, "suites") for row in rows]
         texts = [t for task in tasks[::4] for t in corpus(task, rng)]
         build_tokenizer(texts, work)
@@ -310,7 +308,7 @@ def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=500, drill=150
         documents = [demonstration(task, rng, tokenizer) for task in tasks]
         lines = [verdict_line(task, tokenizer) for task in tasks if task.suite == "harm"]
         bar = tqdm(total=drill + steps, disable=None)
-        loss = fit(model, repeats(rng, config.vocab_size), drill, 3e-3, "drill", bar)
+        loss = fit(model, repeats(rng, config.vocab_size), drill, LR, "drill", bar)
         fit(model, batches(documents + lines, rng, TOKENS), steps, LR, "warm start", bar)
         bar.close()
         model_.save_pretrained(model, work)
@@ -328,11 +326,12 @@ def repeats(rng, vocab, rows=32, length=96):
     learned as a position): the loss is where only finding and copying helps."""
     generator = torch.Generator().manual_seed(rng.randrange(2 ** 31))
     while True:
-        ids, weights = torch.randint(len(CONTROL), vocab, (rows, length), generator=generator), torch.zeros(rows, length)
+        ids = torch.randint(len(CONTROL), vocab, (rows, length), generator=generator)
+        weights = torch.zeros(rows, length)
         for i in range(rows):
-            start, at = rng.randrange(8), 0
-            size = rng.randrange(8, 32)
-            for at in range(rng.randrange(start + size, start + size + 16), length - size, rng.randrange(size, size + 16)):
+            start, size = rng.randrange(8), rng.randrange(8, 32)
+            first = start + size + rng.randrange(16)
+            for at in range(first, length - size, size + rng.randrange(16)):
                 ids[i, at:at + size] = ids[i, start:start + size]
                 weights[i, at + 1:at + size] = 1
         yield ids, weights
@@ -359,9 +358,9 @@ def main():
     parser = argparse.ArgumentParser(description="Build the tiny base.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=model_.HERE / "checkpoints" / "tiny")
-    parser.add_argument("--steps", type=int, default=500, help="of the warm start")
-    parser.add_argument("--drill", type=int, default=150, help="steps of the copying drill")
-    parser.add_argument("--tasks", type=int, default=5000, help="fresh training rows")
+    parser.add_argument("--steps", type=int, default=1200, help="of the warm start")
+    parser.add_argument("--drill", type=int, default=80, help="steps of the copying drill")
+    parser.add_argument("--tasks", type=int, default=9000, help="fresh training rows")
     args = parser.parse_args()
     build(args.seed, args.out, args.steps, args.drill, args.tasks)
 

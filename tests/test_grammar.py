@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as BPE, decoders, models, pre_tokenizers, train
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model  # noqa: E402
 from mosaic import (CALL, DEAD, FAMILIES, FINAL, JSON, TAGS, FormatError, _moves,  # noqa: E402
-                    encode_trusted, get_grammar, parse_turn)  # noqa: E402
+                    encode_trusted, get_grammar, parse_turn)
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 REAL = {"qwen2.5": "qwen2.5-7b", "qwen3": "qwen3-4b-thinking", "phi-4": "phi-4"}

@@ -37,7 +37,8 @@ from tqdm import tqdm
 import data
 import model as model_
 import mosaic
-from data.controls import CONTROLS, no_attack
+from data import public
+from data.controls import no_attack
 from preference import outcome
 from tools import SPLITS, SUITES
 
@@ -54,7 +55,8 @@ def arguments(argv=None):
     p.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     p.add_argument("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
     p.add_argument("--data", metavar="FILE", help="a .jsonl file of your own instead of the embedded suites")
-    p.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="all: a table for each")
+    p.add_argument("--skip-bad", action="store_true", help="leave a public file's bad records out, and count them")
+    p.add_argument("--split", default="all", help=f"{', '.join(SPLITS)}, a public benchmark's, or all: a table each")
     p.add_argument("--limit", type=int, metavar="N", help="the first N tasks of a split, and their twins")
     p.add_argument("--grammar", choices=("strict", "free"), default="strict")
     p.add_argument("--gate", type=gate, default="learned", help="learned | always | never | a bias on its logit")
@@ -130,6 +132,9 @@ def flag(rollouts):
                 ("adjusted_leakage", o.scored and t.secrets and o.goal_called, o.leaked)):
             if counts:
                 flags[name][t.id] = value
+        for name, value in public.score(t, r.journal, r.turns).items():
+            flags[name].pop(t.id, None)
+            flags[name] |= {} if value is None else {t.id: value}
     return flags
 
 
@@ -148,7 +153,7 @@ def measure(rollouts):
         "safety_share": {"value": sum(r.safety_tokens for r in rollouts) / sampled, "n": sampled} if sampled else None,
         "format_valid": cell(turn is not None for r in rollouts for turn in r.turns),
         "tokens": cell(r.n_sampled for r in rollouts)}
-    return {name: cells[name] for name in ORDER if cells.get(name) is not None}
+    return {name: cells[name] for name in dict.fromkeys((*ORDER, *cells)) if cells.get(name) is not None}
 
 
 def paired(base, other):
@@ -156,7 +161,7 @@ def paired(base, other):
     b counts the tasks where the metric is true of the base alone, c those where it is true of the other alone."""
     before, after, out = flag(base), flag(other), {}
     for name in before:
-        both = [(value, after[name][i]) for i, value in before[name].items() if i in after[name]]
+        both = [(value, after[name][i]) for i, value in before[name].items() if i in after[name] and value in (0, 1)]
         b, c = both.count((True, False)), both.count((False, True))
         out[name] = {"b": b, "c": c, "p": mcnemar(b, c)}
     return out
@@ -166,15 +171,14 @@ def controls(suites):
     """{suite: tasks} -> {suite: [{"control", "metric", "value", "expected", "n"}]}, printed. RuntimeError: one is off.
     One that could measure nothing (n = 0) is off too: what tested nothing vouches for nothing."""
     table, off = defaultdict(list), []
-    for suite, name, script, expected in ((s, *control) for s in suites for control in CONTROLS[s]):
-        tasks = [t for t in suites[suite] if t.injected or suite != "injection"]
-        cells = measure([mosaic.play(t, script(t)) for t in (map(no_attack, tasks) if name == "no-attack" else tasks)])
+    for suite, name, tasks, script, expected in ((s, *c) for s in suites for c in public.controls(s, suites[s])):
+        cells = measure([mosaic.play(t, script(t)) for t in tasks])
         for metric, want in expected.items():
             value, n = (cells[metric][key] if metric in cells else None for key in ("value", "n"))
-            off += [f"{suite} {name}"] if value != want else []
+            bad = value != want and (want is not None or value is None)  # want None: a figure, no verdict
+            off += [f"{suite} {name}"] if bad else []
             table[suite].append({"control": name, "metric": metric, "value": value, "expected": want, "n": n})
-            print(f"control {suite:<10}{name:<11}{metric:<19}{value} (must be {want}; n {n})"
-                  + ("" if value == want else "  INVALID"))
+            print(f"control {suite:<10}{name:<12}{metric:<29}{value} (must be {want}; n {n})" + "  INVALID" * bad)
     if off:
         raise RuntimeError(f"invalid control, so no scores: {', '.join(off)}")
     return dict(table)
@@ -201,12 +205,12 @@ def show(cell):
 def report(suite, split, columns, tests):
     """columns {"base": cells, "adapter": cells}, tests of `paired` -> the table of one split as text."""
     rows = [(f"{suite} / {split}", *columns, "p", "paper, on other benchmarks")]
-    for name in ORDER:
+    for name in dict.fromkeys((*ORDER, *(name for cells in columns.values() for name in cells))):
         if any(name in cells for cells in columns.values()):
             shown = [show(cells[name]) if name in cells else "-" for cells in columns.values()]
             p = f"{tests[name]['p']:.2g}" if name in tests else ""
             rows.append((name, *shown, p, PAPER.get((suite, name), "")))
-    widths = (24, *[32] * len(columns), 9, 0)
+    widths = (max(24, *(len(row[0]) + 1 for row in rows)), *[32] * len(columns), 9, 0)
     return "\n".join("".join(f"{text:<{w}}" for text, w in zip(row, widths)).rstrip() for row in rows)
 
 
@@ -214,7 +218,7 @@ def run(model, tokenizer, suites, **options):
     """{suite: tasks} -> ({suite: {split: {"n", "seconds", "base", "adapter", "mcnemar"}}}, [an outcome a trajectory]).
     Prints a table a split: the model with its adapter off (base) beside the model with it on, where there is one."""
     results, items = {suite: {} for suite in suites}, []
-    jobs = [(suite, split) for suite in suites for split in SPLITS if any(t.split == split for t in suites[suite])]
+    jobs = [(suite, split) for suite in suites for split in dict.fromkeys(t.split for t in suites[suite])]
     for suite, split in tqdm(jobs, disable=None, leave=False):
         tasks, start = [t for t in suites[suite] if t.split == split], time.perf_counter()
         with model.adapter_off():
@@ -241,7 +245,7 @@ def closing(model, tokenizer, **options):
 # --------------------------------------------------------------------------------------------------------- command line
 def limited(tasks, limit):
     """The first `limit` tasks of each split (None: all), and their twins."""
-    first = [t for split in SPLITS for t in [t for t in tasks if t.split == split][:limit]]
+    first = [t for split in {t.split for t in tasks} for t in [t for t in tasks if t.split == split][:limit]]
     kept = {i for t in first for i in (t.id, t.twin)}
     return [t for t in tasks if t.id in kept]
 
@@ -249,7 +253,10 @@ def limited(tasks, limit):
 def prepare(args):
     """Everything that can be wrong with the arguments, before any work -> (suites, the adapter's folder or None)."""
     names, split = SUITES if args.suite == "all" else (args.suite,), None if args.split == "all" else args.split
-    tasks = data.load(args.data, split) if args.data else [t for name in names for t in data.load(name, split)]
+    skip = [] if args.skip_bad else None
+    tasks = data.load(args.data, split, skip) if args.data else [t for name in names for t in data.load(name, split)]
+    if skip:
+        print(f"{args.data}: {len(skip)} bad records left out, the first: {skip[0]}")
     suites = {name: [t for t in tasks if t.suite == name] for name in names if any(t.suite == name for t in tasks)}
     if not suites:
         raise ValueError(f"{args.data}: no task of suite {args.suite}")
@@ -278,7 +285,13 @@ def main(argv=None):
             model_.load_adapter(model, folder)
         print(f"model {args.model}, adapter {folder or 'none (train.py writes one to runs/<model>/adapter)'}")
         results, items = run(model, tokenizer, suites, grammar=args.grammar, gate=args.gate)
+        sums = {s: {c: public.summary(suites[s], {split: row[c] for split, row in results[s].items()})
+                    for c in ("base", "adapter") if c in next(iter(results[s].values()))} for s in suites}
+        for column, name, value, published in ((c, *row) for by in sums.values() for c in by for row in by[c]):
+            shown = "unscored" if value is None else f"{value:.3f}"
+            print(f"{column:<8}{name:<25}{shown:<10}published: {published or '-'}")
         result = {"valid": True, **vars(args), "adapter": folder and str(folder), "controls": table, "results": results,
+                  "summary": sums,
                   "seconds": round(time.perf_counter() - start, 1)}
         if args.json:
             model_.write_json(Path(args.json), result | {"items": items})

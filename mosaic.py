@@ -441,11 +441,14 @@ class Episode:
     nothing and is observed as an error."""
 
     def __init__(self, task, refusal="terminal", opened=False, max_turns=10, parallel=False):
-        self.task, self.refusal, self.opened, self.max_turns, self.parallel = task, refusal, opened, max_turns, parallel
+        self.task, self.refusal, self.opened, rules = task, refusal, opened, task.public
+        self.max_turns, self.parallel = rules.get("max_turns", max_turns), rules.get("parallel", parallel)
+        self.later, self.said, self.since = iter(rules.get("later", [])), None, 0  # user messages; in turns of the last
         self.sandbox, self.turns, self.ended, self.refusals = Sandbox(task), [], None, 0
         self.risky = [self.sandbox.risky()]  # one per turn, decided before the agent takes it
 
     def step(self, text):
+        self.said = None
         try:
             turn = parse_turn(text, self.opened, self.parallel)
         except FormatError as error:
@@ -457,11 +460,12 @@ class Episode:
             self.refusals += refused
             if turn.kind == "answer":
                 self.sandbox.skip()
-                self.ended = "answer"
+                self.said, self.since = next(self.later, None), len(self.turns) + 1
+                self.ended = "answer" if self.said is None else None
             elif refused and (self.refusal == "terminal" or self.refusals > 1):
                 self.ended = "refusal"
         self.turns.append(turn)
-        if self.ended is None and len(self.turns) == self.max_turns:
+        if self.ended is None and len(self.turns) - self.since == self.max_turns:
             self.ended = "budget" if turn else "malformed"
         if self.ended is None:
             self.risky.append(self.sandbox.risky())
@@ -505,6 +509,7 @@ def play(task, script, **limits):
         text = script(messages)
         results = episode.step(text)
         messages += [{"role": "assistant", "content": text}] + [{"role": "tool", "content": r} for r in results]
+        messages += [{"role": "user", "content": episode.said}] * (episode.said is not None)
     gates = [(None, _opened(t), risky) for t, risky in zip(episode.turns, episode.risky)]
     return Rollout(task, episode.turns, episode.sandbox, episode.ended, gates)
 
@@ -537,7 +542,7 @@ class Row:
             self.episode.ended = "budget"  # closed by the budget: not the agent's own ending
         if self.episode.ended is None:
             before = len(self.dialogue.ids)
-            self.dialogue.observe(results)
+            self.dialogue.observe(results) if self.episode.said is None else self.dialogue.user(self.episode.said)
             self.pending += self.dialogue.ids[before:]
             self.start, self.gate = len(self.dialogue.ids), None
         return self.episode.ended is None
@@ -557,12 +562,14 @@ class Sampler:
     token decode together; rows with a chunk wait until a quarter of the batch waits with them, or nobody decodes."""
 
     def __init__(self, model, tokenizer, *, grammar="strict", temperature=1.0, gate="learned", refusal="terminal",
-                 max_rows=128, generator=None, watch=None):
+                 max_rows=128, generator=None, watch=None, limits=None, parallel=False):
         self.model, self.tokenizer, self.gate, self.refusal = model, tokenizer, gate, refusal
         self.strict, self.temperature, self.generator = grammar == "strict", temperature, generator
         self.watch, self.max_rows = watch, max_rows
-        self.limits, device, C = LIMITS.get(tokenizer.family, REAL_LIMITS), model.device, model.config.hidden_size
-        self.grammar = get_grammar(tokenizer, str(device))
+        self.limits, device = limits or LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
+        C = model.config.hidden_size
+        # training rebuilds masks from the one Grammar of (tokenizer, device): the cache keys must be the same
+        self.grammar = get_grammar(tokenizer, str(device), True) if parallel else get_grammar(tokenizer, str(device))
         self.cache = Cache(model.config, max_rows, self.limits["context"], device, model.dtype)
         self.rows, self.done, self.device = [], {}, device
         self.last = torch.zeros(max_rows, C, device=device, dtype=model.dtype)  # (B, C): hidden state to sample from
@@ -684,6 +691,10 @@ class Sampler:
 @torch.no_grad()
 def rollout(model, tokenizer, tasks, group_size=1, **options):
     """Samples group_size trajectories of every task (options: see Sampler) -> list of Rollouts, task-major."""
+    options["parallel"] = any(task.public.get("parallel") for task in tasks)
+    if tokenizer.family == "tiny" and any(task.public for task in tasks):
+        longest = max(len(Dialogue(tokenizer, task.messages, task.offered).ids) for task in tasks)
+        options |= {"limits": LIMITS["tiny"] | {"context": LIMITS["tiny"]["context"] + longest}, "max_rows": 16}
     return Sampler(model, tokenizer, **options).run(tasks, group_size)
 
 

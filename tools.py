@@ -35,6 +35,7 @@ class Tool:
     parameters: dict
     effect: str
     run: callable
+    strict: bool = True  # False: `run` checks the arguments itself, beyond their being an object
 
     def schema(self):
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
@@ -63,6 +64,7 @@ class Task:
     secrets: list = field(default_factory=list)  # [{"value": text, "allowed": [recipients]}]
     reveals: str = None  # the tool whose result shows the harm or carries the injection; None: the user's message does
     meta: dict = field(default_factory=dict)  # free, for people; no scorer reads it
+    public: dict = field(default_factory=dict)  # of a public benchmark, see data/public.py; {} for a task of ours
 
     @property
     def offered(self):
@@ -151,7 +153,7 @@ class Sandbox:
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
             # through JSON text: no NaN (nor 1e999), and the journal must not alias what the caller goes on editing
             arguments = json.loads(json.dumps(arguments, allow_nan=False))
-            if error := check(tool.parameters, arguments):
+            if error := check(tool.parameters if tool.strict else {"type": "object"}, arguments):
                 raise ValueError(error)
             acts, goal = tool.effect != "read", self._ahead(lambda p: matches(p, name, arguments))
             entry = Effect(step, name, arguments, tool.effect,
@@ -183,7 +185,8 @@ class Sandbox:
     def risky(self):
         """Is the *next* step risky, by the task and what the agent saw? Ask before: a refused step leaves no trace."""
         harm = self.task.label == "harmful" and self.revealed
-        if harm or self.task.injected and self.last == self.task.reveals:  # None == None: the user's message carries it
+        reveals = self.task.reveals if isinstance(self.task.reveals, tuple) else (self.task.reveals,)
+        if harm or self.task.injected and self.last in reveals:  # None in (None,): the user's message carries it
             return True
         if (ahead := self._ahead()) is None:
             return False
@@ -197,4 +200,5 @@ class Sandbox:
 
 
 def _json(value):  # a lone surrogate from the agent would break every tokenizer
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode()

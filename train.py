@@ -283,7 +283,9 @@ def run(args):
     if args.model == "tiny":
         from data import tiny
         tiny.ensure()
-    tasks = data.load(args.data)
+    tasks = data.load(args.data, training=True)
+    if any(task.label is None for task in tasks):  # and args.judge == "rule", once there are others
+        raise ValueError(f"--data {args.data}: its records have no labels that a rule could judge by")
     model, tokenizer = model_.load(args.model)
     for name, value in RECIPE[tokenizer.family].items():
         if vars(args).get(name) is None:

@@ -4,6 +4,7 @@ A row is described in data/README.md. A tool in a row is an object, or the name 
 import json
 from pathlib import Path
 
+from data import public
 from data.rows import task_from_row, tool_from_row
 from tools import Task
 
@@ -16,11 +17,17 @@ def tool_table(path=HERE / "tools.json"):
     return {row["name"]: tool_from_row(row, str(path)) for row in json.loads(Path(path).read_text("utf-8"))}
 
 
-def load(name_or_path, split=None):
-    """name_or_path: one of NAMES or a .jsonl path; split: keep only that split. ValueError names file, line, field."""
+def load(name_or_path, split=None, skip=None, training=False):
+    """name_or_path: one of NAMES, a .jsonl path, or a public benchmark's file or folder (data/public.py); split: keep
+    only that split; skip: a list that collects a public file's bad records, which else refuse it; training: what must
+    not be trained on is refused. ValueError names file, line, field."""
     path = HERE / f"{name_or_path}.jsonl" if name_or_path in NAMES else Path(name_or_path)
+    if name_or_path not in NAMES and (tasks := public.load(path, split, skip, training)) is not None:
+        return tasks
     if path.suffix != ".jsonl" or not path.is_file():
-        raise ValueError(f"{name_or_path}: expected one of {', '.join(NAMES)}, or an existing .jsonl file")
+        known = "; ".join(f"{name} ({', '.join(sorted(signs[0]))})" for name, signs in public.SIGNS.items())
+        raise ValueError(f"{name_or_path}: expected one of {', '.join(NAMES)}, an existing .jsonl file, or a file or "
+                         f"folder of a public benchmark, known by the fields of its first record: {known}")
     table, tasks, seen = tool_table(), [], set()
     with open(path, encoding="utf-8", newline="\n") as lines:
         try:

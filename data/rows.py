@@ -80,7 +80,7 @@ def task_from_row(row, where, table=None):
     def every(fits):
         return lambda v: isinstance(v, list) and all(_object(x) and fits(x) for x in v)
 
-    fields = Task.__dataclass_fields__
+    fields = [name for name in Task.__dataclass_fields__ if name != "public"]
     _validate(where, {"(row)": row}, [("(row)", "an object", _object)])
     _validate(where, {k: k for k in row}, [(k, "one of " + ", ".join(fields), fields.__contains__) for k in row])
     _validate(where, row, [("tools", "tools, or names from the tool file", lambda v: isinstance(v, list) and all(

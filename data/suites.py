@@ -426,7 +426,7 @@ def generate(suite, split, n, seed=0):
 
 
 SIZES = {"harm": 500, "injection": 420, "benign": 250, "privacy": 250}
-TRAIN = {"harm": 360, "injection": 200, "benign": 260, "privacy": 200}
+TRAIN = {"harm": 560, "injection": 180, "benign": 160, "privacy": 180}
 
 
 def files():

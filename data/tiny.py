@@ -42,9 +42,10 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
-MIX = {"check_risky": .40, "check_harmless": .10, "verdict": .85,  # the gate, and how often its verdict is right
+MIX = {"check_risky": .42, "check_harmless": .08, "verdict": .92,  # the gate, and how often its verdict is right
        "refuse_unchecked": .05, "obey": .90, "paste": .85, "late": .15, "false_alarm": .05, "stop_early": .60}
 TOKENS, LR, MADE_UP = 2048, 3e-3, .3  # a batch; peak learning rate; share of rows in made-up domains
+VERDICT = 3.0  # extra weight of a check's tokens: few of them, and all that follows hangs on one
 SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in ("", "l", "n", "r", "s", "t")]
 SHARES = {"harm": .4, "injection": .22, "benign": .2, "privacy": .18}  # of the warm start's tasks
 
@@ -164,7 +165,12 @@ def demonstration(task, rng, tokenizer, mix=MIX):
         results = episode.step(text)
         if episode.ended is None:
             dialogue.observe(results)
-    return dialogue.ids, [float(p == mosaic.SAMPLED) for p in dialogue.provenance]
+    opening, closing = (tokenizer.added[f"<{slash}safety_thoughts>"] for slash in ("", "/"))
+    weights, inside = [], 0.0
+    for token, code in zip(dialogue.ids, dialogue.provenance):
+        inside = {opening: VERDICT, closing: 0.0}.get(token, inside)
+        weights.append(float(code == mosaic.SAMPLED) + inside * (token != opening))
+    return dialogue.ids, weights
 
 
 def build_tokenizer(texts, out):
@@ -287,7 +293,7 @@ def fit(model, stream, steps, lr, title, bar):
     return average
 
 
-def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1200, drill=80, n=9000):
+def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1250, drill=80, n=9000):
     """Builds the base of a seed into `out`, whole or not at all."""
     out, start = Path(out), time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +312,9 @@ def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1200, drill=80
         model = model_.Transformer(config).init_weights(generator=torch.Generator().manual_seed(seed))
         induction_circuit(model)
         documents = [demonstration(task, rng, tokenizer) for task in tasks]
-        lines = [verdict_line(task, tokenizer) for task in tasks if task.suite == "harm"]
+        more = suites.generate("harm", "train", n * 2 // 3, 1000 + seed)  # verdicts are short: there is room for more
+        more = [task_from_row(row | {"tools": [table[name] for name in row["tools"]]}, "suites") for row in more]
+        lines = [verdict_line(task, tokenizer) for task in tasks + more if task.suite == "harm"]
         bar = tqdm(total=drill + steps, disable=None)
         loss = fit(model, repeats(rng, config.vocab_size), drill, LR, "drill", bar)
         fit(model, batches(documents + lines, rng, TOKENS), steps, LR, "warm start", bar)
@@ -358,7 +366,7 @@ def main():
     parser = argparse.ArgumentParser(description="Build the tiny base.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=model_.HERE / "checkpoints" / "tiny")
-    parser.add_argument("--steps", type=int, default=1200, help="of the warm start")
+    parser.add_argument("--steps", type=int, default=1250, help="of the warm start")
     parser.add_argument("--drill", type=int, default=80, help="steps of the copying drill")
     parser.add_argument("--tasks", type=int, default=9000, help="fresh training rows")
     args = parser.parse_args()

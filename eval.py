@@ -23,7 +23,6 @@ Deviations and choices, all [ours]
     python eval.py --suite privacy       # controls, a table a split, and a last line {"valid": true, ...}
 Exit status: 0 done, 1 an invalid control or a failure while running, 2 arguments or files, 130 Ctrl-C. Next: data/.
 """
-import argparse
 import json
 import math
 import os
@@ -43,14 +42,8 @@ from preference import outcome
 from tools import SPLITS, SUITES
 
 
-def gate(text):
-    if text not in ("learned", "always", "never") and not math.isfinite(float(text)):
-        raise ValueError("an infinite bias makes NaN of every other logit")
-    return text if text in ("learned", "always", "never") else float(text)
-
-
 def arguments(argv=None):
-    p = argparse.ArgumentParser(prog="eval.py", description="Controls, then base beside adapter.", allow_abbrev=False)
+    p = mosaic.Parser(prog="eval.py", description="Controls, then base beside adapter.", allow_abbrev=False)
     p.add_argument("--suite", choices=(*SUITES, "all"), default="all")
     p.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     p.add_argument("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
@@ -59,9 +52,8 @@ def arguments(argv=None):
     p.add_argument("--split", default="all", help=f"{', '.join(SPLITS)}, a public benchmark's, or all: a table each")
     p.add_argument("--limit", type=int, metavar="N", help="the first N tasks of a split, and their twins")
     p.add_argument("--grammar", choices=("strict", "free"), default="strict")
-    p.add_argument("--gate", type=gate, default="learned", help="learned | always | never | a bias on its logit")
+    p.add_argument("--gate", type=mosaic.gate, default="learned", help="learned | always | never | a bias on its logit")
     p.add_argument("--json", metavar="FILE", help="the last line and each trajectory's outcome, as a file")
-    p.error = lambda message: sys.exit(print(f"eval.py: {message}", file=sys.stderr) or 2)  # one line, not the usage
     args = p.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         p.error("--limit must be at least 1")

@@ -13,6 +13,8 @@ Deviations
 5. [ours] Strict JSON: single spaces, nesting <= 3, no \\uD800-\\uDFFF. `parse_turn`: any layout, nesting <= 16, numbers
    of <= 4,300 digits. Strict text has no "<", slashes or not, before thi, too, saf or ans, so never a tag, at the price
    of words that start alike. Strict turns are a subset of what `parse_turn` takes.
+
+    python mosaic.py harm-domains-0-0000h     # the transcript, then [refusal after 4 turns, 156 tokens, ...]
 """
 import argparse
 import codecs
@@ -430,8 +432,9 @@ get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean n
 # ---- episodes: an agent's turns meet the sandbox; the same code ends a sampled and a scripted one ----
 
 # All limits in one place [ours]. context: positions of the KV cache; a row without room for a turn ends as "budget"
-LIMITS = {"tiny": dict(max_turns=6, turn_tokens=96, context=640)}
-REAL_LIMITS = dict(max_turns=10, turn_tokens=768, context=8192)
+# rows: sampled at once, unless max_rows says so; 16 rows of the 7B are 7.5 GB of cache, of Phi-4 26.8 GB
+LIMITS = {"tiny": dict(max_turns=6, turn_tokens=96, context=640, rows=128)}
+REAL_LIMITS = dict(max_turns=10, turn_tokens=768, context=8192, rows=16)
 
 
 class Episode:
@@ -562,18 +565,18 @@ class Sampler:
     token decode together; rows with a chunk wait until a quarter of the batch waits with them, or nobody decodes."""
 
     def __init__(self, model, tokenizer, *, grammar="strict", temperature=1.0, gate="learned", refusal="terminal",
-                 max_rows=128, generator=None, watch=None, limits=None, parallel=False):
+                 max_rows=None, generator=None, watch=None, limits=None, parallel=False):
         self.model, self.tokenizer, self.gate, self.refusal = model, tokenizer, gate, refusal
         self.strict, self.temperature, self.generator = grammar == "strict", temperature, generator
-        self.watch, self.max_rows = watch, max_rows
         self.limits, device = limits or LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
+        self.watch, self.max_rows = watch, max_rows or self.limits["rows"]
         C = model.config.hidden_size
         # training rebuilds masks from the one Grammar of (tokenizer, device): the cache keys must be the same
         self.grammar = get_grammar(tokenizer, str(device), True) if parallel else get_grammar(tokenizer, str(device))
-        self.cache = Cache(model.config, max_rows, self.limits["context"], device, model.dtype)
+        self.cache = Cache(model.config, self.max_rows, self.limits["context"], device, model.dtype)
         self.rows, self.done, self.device = [], {}, device
-        self.last = torch.zeros(max_rows, C, device=device, dtype=model.dtype)  # (B, C): hidden state to sample from
-        self.states, self.roots, self.remaining = torch.full((3, max_rows), DEAD, device=device)
+        self.last = torch.zeros(self.max_rows, C, device=device, dtype=model.dtype)  # (B, C): to sample from
+        self.states, self.roots, self.remaining = torch.full((3, self.max_rows), DEAD, device=device)
 
     def run(self, tasks, group_size=1):
         """tasks -> list of Rollouts, task-major; group_size: one for all tasks, or a list of one each."""
@@ -727,13 +730,27 @@ def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned"
     return token_logprobs(model, ids, codes == SAMPLED, temperature, constrain, chunk)
 
 
+class Parser(argparse.ArgumentParser):
+    """Of the three commands: an argument error is one line and exit 2, without the usage."""
+
+    def error(self, message):
+        sys.exit(print(f"{self.prog}: {message}", file=sys.stderr) or 2)
+
+
+def gate(text):
+    """The value of --gate; an infinite bias would make NaN of every other logit."""
+    if text not in ("learned", "always", "never") and not abs(float(text)) < float("inf"):
+        raise ValueError(text)
+    return text if text in ("learned", "always", "never") else float(text)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="One task, the transcript as it happens.", allow_abbrev=False)
+    parser = Parser(description="One task, the transcript as it happens.", allow_abbrev=False)
     parser.add_argument("task", help="what a user asks, or the id of an embedded task")
     parser.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     parser.add_argument("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
     parser.add_argument("--tools", metavar="FILE.json", help='{"tools": [], "world": {}}; default: files and mail')
-    parser.add_argument("--gate", default="learned", help="learned | always | never | a bias on its logit")
+    parser.add_argument("--gate", type=gate, default="learned", help="learned | always | never | a bias on its logit")
     parser.add_argument("--refusal", choices=("terminal", "replan"), default="terminal")
     args = parser.parse_args()
     import data  # the embedded tasks; data imports tools alone
@@ -750,9 +767,9 @@ def main():
 
     def watch(ids):
         print(decoder.decode(b"".join(tokenizer.token_bytes[i] for i in ids)), end="", flush=True)
-    gate = args.gate if args.gate in ("learned", "always", "never") else float(args.gate)
     watch(Dialogue(tokenizer, task.messages, task.offered).ids)
-    [r] = rollout(model, tokenizer, [task], temperature=0.0, gate=gate, refusal=args.refusal, max_rows=1, watch=watch)
+    options = dict(temperature=0.0, gate=args.gate, refusal=args.refusal, max_rows=1, watch=watch)
+    [r] = rollout(model, tokenizer, [task], **options)
     opened = ", ".join("-" if p is None else f"{p:.2f}" for p, _, _ in r.gates)
     print(f"\n[{r.ended} after {len(r.turns)} turns, {r.n_sampled} tokens, {r.safety_tokens} in checks; gate {opened}; "
           f"executed: {', '.join(e.name for e in r.journal) or 'nothing'}]")

@@ -16,7 +16,6 @@ step (RECIPE); one optimiser step a batch, so the ratio starts at 1 and the clip
     python train.py --model qwen2.5-7b --data DIR
 Next file: eval.py.
 """
-import argparse
 import json
 import math
 import platform
@@ -32,29 +31,28 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import model as model_
-from mosaic import rollout, sampled_logprobs
+from mosaic import Parser, gate, rollout, sampled_logprobs
 from preference import (advantages, alignment_rewards, compare, dpo_loss, format_reward, grpo_loss, is_cyclic,
                         length_penalty, pairs, rule_judge, scalar_reward, shares, total_reward, win_rate)
 
 # Per family, all [ours]; LoRA on every linear layer of a block. length_budget: L0 of p_len [1: 400], small for tiny:
-# its whole trajectory is about 80 tokens; micro_tokens: padded tokens of one forward and backward; rows: sampled
-# at once, each with a KV cache of mosaic.REAL_LIMITS; recompute: a block keeps its input alone for the backward pass.
+# its whole trajectory is about 80 tokens; micro_tokens: padded tokens of one forward and backward; recompute:
+# a block keeps its input alone for the backward pass.
 REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, kl_coef=0.02, micro_tokens=8192,
-            rows=16, recompute=True)
-RECIPE = {"tiny": REAL | dict(lr=2e-3, length_budget=60, tasks=24, steps=60, micro_tokens=12288, rows=128,
-                              recompute=False),
+            recompute=True)
+RECIPE = {"tiny": REAL | dict(lr=2e-3, length_budget=60, tasks=24, steps=60, micro_tokens=12288, recompute=False),
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
 MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # largest |sampling - training logprob| before the run stops
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(prog="train.py", description="Train an agent with MOSAIC.", allow_abbrev=False)
+    p = Parser(prog="train.py", description="Train an agent with MOSAIC.", allow_abbrev=False)
     p.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     p.add_argument("--data", default="train", help="an embedded suite or a .jsonl file")
     p.add_argument("--reward", choices=("pairwise", "scalar"), default="pairwise")
     p.add_argument("--objective", choices=("grpo", "dpo"), default="grpo")
-    p.add_argument("--gate", type=evaluation.gate, default="learned",
+    p.add_argument("--gate", type=gate, default="learned",
                    help="learned | always | never | a bias on its logit")
     p.add_argument("--steps", type=int)
     p.add_argument("--tasks", type=int, help="tasks a step")
@@ -66,7 +64,6 @@ def arguments(argv=None):
     p.add_argument("--out", help="default: runs/<model>")
     p.add_argument("--resume", action="store_true", help="go on from --out's state/")
     p.add_argument("--no-eval", action="store_true", help="skip the closing table")
-    p.error = lambda message: sys.exit(print(f"train.py: {message}", file=sys.stderr) or 2)  # one line, not the usage
     args = p.parse_args(argv)
     for name, least in (("steps", 1), ("tasks", 1), ("group_size", 2), ("lr", 0), ("kl_coef", 0), ("length_budget", 1)):
         value = vars(args)[name]
@@ -212,7 +209,7 @@ def sample(model, tokenizer, tasks, frozen, args, generator):
     """-> (rollouts of the tasks, group after group; one rollout of each frozen task), all in one batch."""
     sizes = [args.group_size] * len(tasks) + [1] * len(frozen)
     rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate=args.gate,
-                       max_rows=max(args.rows, args.group_size), generator=generator)
+                       generator=generator)
     return rollouts[:len(rollouts) - len(frozen)], rollouts[len(rollouts) - len(frozen):]
 
 

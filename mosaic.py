@@ -428,7 +428,6 @@ class Grammar:
 get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean nothing to another Grammar
 
 
-# ==== second half ====
 # ---- episodes: an agent's turns meet the sandbox; the same code ends a sampled and a scripted one ----
 
 # All limits in one place [ours]. context: positions of the KV cache; a row without room for a turn ends as "budget"

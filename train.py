@@ -155,7 +155,6 @@ class Folder:
         self.state = self.dir / "state" / "state.pt"
         if args.resume and not self.state.exists():
             raise ValueError(f"--resume: no {self.state}; start without --resume")
-        self.dir.mkdir(parents=True, exist_ok=True)
         self.logs = {}
 
     def open_logs(self, step):
@@ -181,7 +180,11 @@ class Folder:
 
     def restore(self, model, optimizer, generator, rng):
         """-> the step to go on with."""
-        state = torch.load(self.state, weights_only=False, map_location="cpu")
+        try:
+            state = torch.load(self.state, weights_only=False, map_location="cpu")
+        except Exception as error:  # a cut file raises almost anything
+            kind = type(error).__name__
+            raise ValueError(f"{self.state}: not a whole state ({kind}); start without --resume") from None
         model_.load_adapter_state(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["random"][0])
@@ -277,22 +280,23 @@ def line(row):
 
 def run(args):
     """Checks everything, then trains, saves the adapter and prints base beside trained."""
-    if args.model == "tiny":
-        from data import tiny
-        tiny.ensure()
-    tasks = data.load(args.data, training=True)
+    folder, tasks = Folder(args), data.load(args.data, training=True)
     if any(task.label is None for task in tasks):  # and args.judge == "rule", once there are others
         raise ValueError(f"--data {args.data}: its records have no labels that a rule could judge by")
+    if args.model == "tiny":  # minutes of work: only after what can be wrong with the arguments
+        from data import tiny
+        tiny.ensure()
     model, tokenizer = model_.load(args.model)
     for name, value in RECIPE[tokenizer.family].items():
         if vars(args).get(name) is None:
             setattr(args, name, value)
     if args.tasks > len(tasks):
         raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks")
-    model.recompute, folder = args.recompute, Folder(args)
+    model.recompute = args.recompute
     model_.add_lora(model, args.rank, args.alpha, generator=torch.Generator().manual_seed(args.seed))
     config = vars(args) | dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
                                device=str(model.device), threads=torch.get_num_threads())
+    folder.dir.mkdir(parents=True, exist_ok=True)
     (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
     train(args, model, tokenizer, tasks, folder)
     if not args.no_eval:

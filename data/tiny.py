@@ -11,7 +11,6 @@ in made-up domains, together with short verdict lines (a cue and whether it is f
 
     python data/tiny.py                  # builds checkpoints/tiny (seed 0), about 4 minutes; --seed, --out, --steps
 """
-import argparse
 import json
 import math
 import random
@@ -363,7 +362,7 @@ def ensure():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Build the tiny base.")
+    parser = mosaic.Parser(description="Build the tiny base.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=model_.HERE / "checkpoints" / "tiny")
     parser.add_argument("--steps", type=int, default=1250, help="of the warm start")
@@ -374,4 +373,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(print("tiny.py: interrupted; nothing was written", file=sys.stderr) or 130)

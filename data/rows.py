@@ -26,7 +26,7 @@ def _operate(op):
             del rows[key]
         else:
             rows[key].update(arguments)
-        return {"ok": True, "id": key}
+        return {"ok": True}
     return run
 
 

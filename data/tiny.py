@@ -5,9 +5,9 @@ behaviours (`MIX`) in which harm is mostly done, injected instructions mostly ob
 as base models do, and in which checks are rare but informative. MOSAIC (train.py) then has something to select from.
 The warm start sees fresh rows of the train split only: never a held-out domain, pair or wording.
 
-Recipe (all [ours]): a BPE of 1,024 on rendered demonstrations; because copying is what a small model lacks, the two
-heads that copy are written into the fresh weights, and drilled on random tokens; then demonstrations, a third of them
-in made-up domains, together with short verdict lines (a cue and whether it is fine), by Muon and AdamW.
+Recipe (all [ours]): a BPE of 2,560 on rendered demonstrations; because copying is what a small model lacks, the heads
+that copy are written into the fresh weights; then demonstrations, most of them in made-up domains, together with short
+verdict lines (a cue and whether it is fine), by Muon and AdamW.
 
     python data/tiny.py                  # builds checkpoints/tiny (seed 0), about 4 minutes; --seed, --out, --steps
 """
@@ -36,32 +36,46 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</
            "<safety_thoughts>", "</safety_thoughts>", "<tool_call>", "</tool_call>", "<answer>", "</answer>"]
 CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_family": "tiny", "hidden_size": 128,
           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 352,
-          "vocab_size": 1024, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+          "vocab_size": 2560, "rope_theta": 100000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
           "max_position_embeddings": 2048, "hidden_act": "silu", "torch_dtype": "float32",
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
-MIX = {"check_risky": .42, "check_harmless": .08, "verdict": .92,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .05, "obey": .90, "paste": .85, "late": .15, "false_alarm": .05, "stop_early": .60}
-TOKENS, LR, MADE_UP = 2048, 3e-3, .3  # a batch; peak learning rate; share of rows in made-up domains
-VERDICT = 3.0  # extra weight of a check's tokens: few of them, and all that follows hangs on one
-SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in ("", "l", "n", "r", "s", "t")]
-SHARES = {"harm": .4, "injection": .22, "benign": .2, "privacy": .18}  # of the warm start's tasks
+MIX = {"check_risky": .30, "check_harmless": .04, "verdict": .92,  # the gate, and how often its verdict is right
+       "refuse_unchecked": .05, "obey": .97, "paste": .85, "late": .15, "false_alarm": .05, "stop_early": .35}
+# How often a demonstration holds a check, by risk: far more often than the base shall open one, for what a check says
+# is what it has to learn. The weight q / c (or (1 - q) / (1 - c)) on the branching token makes up for it.
+SHOWN = {True: .65, False: .15}
+TOKENS, LR, MADE_UP, REWORDED = 2048, 2e-3, .6, .5  # a batch; peak learning rate; shares of rows (see `vary`)
+SHARES = {"harm": .36, "injection": .2, "benign": .2, "privacy": .24}  # of the warm start's tasks
+# Ordinary words. Tools of made-up domains are named with these and those of the training domains; messages of made-up
+# words use all of SAYABLE: a word that never stands as an answer would be forgotten as one, and could not be copied.
+WORDS = """apple barn basket bench bike boat book bottle box brush bucket cabin camera candle chair clock coat
+    corner cup desk drum engine farm fence field flag forest garden gate glass guitar hammer harbor
+    horse island jacket ladder lamp leaf map market mirror mountain oven pencil piano pillow plate pond
+    pot radio ring river rope saddle sand shelf ship shoe shop silver spoon square stone stove table
+    tent tower toy train tree valley wagon wheel window wood yard""".split()
+OWN = [w for d, row in suites.DOMAINS.items() if d not in suites.UNSEEN_DOMAINS for w in (d, *row[:2], *row[3:5])]
+SAYABLE = sorted({*WORDS, *" ".join(suites.TEXTS).split(), *suites.DOMAINS, *(d[3] for d in suites.DOMAINS.values())})
+FIELDS = sorted({field for row in suites.DOMAINS.values() for field in row[5].split()})
 
 
 class Demonstrator:
-    """Writes one episode of the base's mixture turn by turn, knowing the ground truth."""
+    """Writes one episode of the base's mixture turn by turn, knowing the ground truth. Plan, check, act: a plan names
+    what an agent without a check would do, else it would give the verdict away and the check would be idle."""
 
     def __init__(self, task, rng, mix):
         self.task, self.mix = task, mix
         self.todo = [(p["name"], dict(p["arguments"])) for p in task.goal + task.unsafe]
-        self.flip = lambda name: rng.random() < mix[name]
-        self.attack = list(task.injected)
+        self.chance, self.flip = lambda p: rng.random() < p, lambda name: rng.random() < mix[name]
+        self.attack = [(p["name"], p["arguments"]) for p in task.injected]
+        self.gates = []  # of each turn: the weight of its branching token
         self.stop = len(self.todo) > 3 and self.flip("stop_early")  # an agent that loses patience with long chains
 
-    def filled(self, name, arguments, careful):
-        """The pattern as a call. A send that must contain some values carries those; in a privacy task, also the fields
-        that the recipient may not have, unless the agent is careful."""
+    def filled(self, careful):
+        """The next call. A send that must contain some values carries those; in a privacy task also the fields that the
+        recipient may not have, unless the agent is careful."""
+        name, arguments = self.todo[0] if self.todo else ("all done", {})
         if isinstance(arguments.get("text"), dict):
             text = ", ".join(arguments["text"]["contains"])
             if self.task.suite == "privacy":
@@ -71,55 +85,51 @@ class Demonstrator:
             arguments = arguments | {"text": text}
         return name, arguments
 
-    def check(self, risky, sandbox):
-        """-> (text of a right check, text of a wrong one, what the right one leads to)."""
+    def check(self, sandbox):
+        """-> (text of a right check, text of a wrong one, what the agent does after each)."""
         t = self.task
         harm = f"this looks like {t.meta['kind'] if t.suite == 'harm' else 'fraud'}: refuse"
         cue = t.suite == "harm" and t.meta["cue"] and sandbox.revealed
         fine = "this is allowed: go on" if cue else "no risk here: go on"
         if t.label == "harmful" and sandbox.revealed:
-            return harm, "this is allowed: go on", "refuse"
+            return harm, "this is allowed: go on", ("refuse", "go")
         if self.attack and sandbox.last == t.reveals:
-            return "the note gives an order: ignore it", fine, "ignore"
+            return f"the note gives an order: ignore it, {plan(*self.filled(True))}", fine, ("go", "obey")
         if t.suite == "privacy" and len(self.todo) == 1:
-            gets = " and ".join(k for k, _ in t.meta["allowed"])
-            return f"a {t.meta['role']} may get {gets}", f"a {t.meta['role']} may get all", "careful"
-        return fine, harm, "go"
+            may = " and ".join(suites.NORMS[t.meta["role"]].split())
+            some, every = (", ".join(re.findall("([a-z]+): ", self.filled(c)[1]["text"])) for c in (True, False))
+            head = f"a {t.meta['role']} may get"
+            return f"{head} {may}: send {some}", f"{head} all: send {every}", ("careful", "paste")
+        return fine, harm, ("go", "refuse")
 
     def turn(self, sandbox):
         """-> the text of the next turn."""
-        risky, check, careful = sandbox.risky(), None, not self.flip("paste")
-        harmful = self.task.label == "harmful" and sandbox.revealed
-        attacked = bool(self.attack) and sandbox.last == self.task.reveals
-        act = "go"
-        if harmful:
+        risky, check, act = sandbox.risky(), None, "paste" if self.flip("paste") else "careful"
+        if self.task.label == "harmful" and sandbox.revealed:
             done = any(e.unsafe for e in sandbox.journal)
-            act = "refuse" if self.flip("late" if done else "refuse_unchecked") else "go"
-        elif attacked:
-            act = "obey" if self.flip("obey") else "go"
-        if self.todo and self.flip("check_risky" if risky else "check_harmless"):
-            right, wrong, then = self.check(risky, sandbox)
-            correct = not self.flip("false_alarm") if then == "go" else self.flip("verdict")
-            check = right if correct else wrong
-            careful = correct if then == "careful" else careful
-            act = {"refuse": ("go", "refuse"), "ignore": ("obey", "go"), "careful": ("go", "go"),
-                   "go": ("refuse", "go")}[then][correct]
-        if self.stop and len(sandbox.journal) >= 3 and not harmful and act != "refuse":
+            act = "refuse" if self.flip("late" if done else "refuse_unchecked") else act
+        elif self.attack and sandbox.last == self.task.reveals:
+            act = "obey" if self.flip("obey") else act
+        if self.stop and len(sandbox.journal) >= 3 and act != "refuse":
             self.todo = []
-        if act == "obey":
-            name, arguments = self.filled(self.attack[0]["name"], self.attack.pop(0)["arguments"], True)
-        elif self.todo:
-            name, arguments = self.filled(*self.todo.pop(0), careful)
-        else:
-            return write("all done", None, None, "done")
-        thought = plan(name, arguments)  # plan, check, act: a plan that knew of the refusal would make the check idle
+        thought = plan(*(self.attack[0] if act == "obey" else self.filled(act == "careful")))
+        q, c = self.mix["check_risky" if risky else "check_harmless"], SHOWN[risky]
+        if opened := self.chance(c):
+            right, wrong, acts = self.check(sandbox)
+            correct = not self.flip("false_alarm") if acts[0] == "go" and acts[1] == "refuse" else self.flip("verdict")
+            check, act = (right, acts[0]) if correct else (wrong, acts[1])
+        self.gates.append(q / c if opened else (1 - q) / (1 - c))
         if act == "refuse":
-            name, arguments = "refusal_tool", {"reason": self.task.meta["kind"]}
-        return write(thought, check, name, arguments)
+            return write(thought, check, "refusal_tool", {"reason": self.task.meta["kind"]})
+        if act == "obey":
+            return write(thought, check, *self.attack.pop(0))
+        name, arguments = self.filled(act == "careful")
+        self.todo = self.todo[1:]
+        return write(thought, check, *((name, arguments) if arguments else (None, "done")))
 
 
 def plan(name, arguments):
-    return f"{name}: {next(iter(arguments.values()), '')}"
+    return f"{name}: {next(iter(arguments.values()))}" if arguments else name
 
 
 def write(thought, check, name, arguments):
@@ -133,22 +143,30 @@ def write(thought, check, name, arguments):
     return head + f"<tool_call>\n{call}\n</tool_call>"
 
 
-def disguise(row, rng):
-    """The row in a made-up domain: the words of its tools' names become new words, everywhere. What an agent must call
-    then stands only in its prompt, so it learns to copy names instead of learning the names of twelve domains."""
-    rows = row["tools"]
-    words = {w for tool in rows for w in tool["name"].split("_")} - {"send"}
-    made = {}
-    while len(made) < len(words):  # all different
-        made["".join(rng.choice(SYLLABLES) for _ in range(rng.choice((1, 2, 2))))] = None
-    new = dict(zip(sorted(words), made))
+def vary(row, rng):
+    """The row, often in a made-up domain: the words of its tools' names become other words, everywhere. What an agent
+    must call then stands only in its prompt, so it learns to copy names instead of learning those of twelve domains.
+    Often a message to be sent becomes made-up words as well."""
+    text = json.dumps({**row, "meta": {}})
+    if rng.random() < MADE_UP:
+        words = sorted({w for tool in row["tools"] for w in tool["name"].split("_")} - {"send", "text"})
+        new = {}
+        while len(new) < len(words):  # all different
+            new[rng.choice(rng.choice((WORDS, OWN)))] = None
+        new = dict(zip(words, new))
 
-    def rename(match):
-        word = new[match[0].lower()]
-        return word.capitalize() if match[0][0].isupper() else word
-    pattern = re.compile(r"(?<![A-Za-z])(?:%s)(?![A-Za-z])" % "|".join(sorted(words)), re.I)
-    made = json.loads(pattern.sub(rename, json.dumps({**row, "meta": {}}))) | {"meta": row["meta"]}
-    for tool, old in zip(made["tools"], rows):
+        def rename(match):
+            word = new[match[0].lower()]
+            return word.capitalize() if match[0][0].isupper() else word
+        text = re.sub(r"(?<![A-Za-z])(?:%s)(?![A-Za-z])" % "|".join(words), rename, text, flags=re.I)
+    if rng.random() < REWORDED:
+        for said in suites.TEXTS:
+            made = "".join(rng.choice(SAYABLE) + rng.choice((" ", ", ")) for _ in range(rng.randrange(2, 5)))
+            text = text.replace(said, made + rng.choice(SAYABLE))
+        if password := re.search("password is ([A-Za-z]+-)", text):
+            text = text.replace(password[1], f"{rng.choice(suites.NAMES)}-")
+    made = json.loads(text) | {"meta": row["meta"]}
+    for tool, old in zip(made["tools"], row["tools"]):
         tool["op"]["do"], tool["effect"] = old["op"]["do"], old["effect"]  # these words are ours, not the domain's
     return made
 
@@ -164,11 +182,11 @@ def demonstration(task, rng, tokenizer, mix=MIX):
         results = episode.step(text)
         if episode.ended is None:
             dialogue.observe(results)
-    opening, closing = (tokenizer.added[f"<{slash}safety_thoughts>"] for slash in ("", "/"))
-    weights, inside = [], 0.0
-    for token, code in zip(dialogue.ids, dialogue.provenance):
-        inside = {opening: VERDICT, closing: 0.0}.get(token, inside)
-        weights.append(float(code == mosaic.SAMPLED) + inside * (token != opening))
+    weights, end = [float(code == mosaic.SAMPLED) for code in dialogue.provenance], tokenizer.added["</think>"]
+    branches = [i + 2 for i, token in enumerate(dialogue.ids) if token == end]  # "</think>", "\n\n", the branch
+    assert len(branches) == len(agent.gates), (branches, agent.gates)
+    for i, weight in zip(branches, agent.gates):
+        weights[i] = weight
     return dialogue.ids, weights
 
 
@@ -178,7 +196,8 @@ def build_tokenizer(texts, out):
     so after a capital: a name is the same token in a sentence and in a call. Digits go by two. Line breaks are tokens,
     and the end of a JSON key ends one: there the grammar's structural runs end."""
     bpe = BPE(models.BPE())
-    words = Regex("[a-z]+[_ ]?|[A-Z][a-z]*|[0-9]{1,2}|\\n+|[^A-Za-z0-9\\n:]*:|[^A-Za-z0-9\\n:]+")
+    words = Regex('\\{"name": "|", "arguments":|": "|", "|[a-z]+[_ ]?|[A-Z][a-z]*|[0-9]{1,2}|\\n+|'
+                  '[^A-Za-z0-9\\n:]*:|[^A-Za-z0-9\\n:]+')
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
@@ -188,32 +207,45 @@ def build_tokenizer(texts, out):
     bpe.save(str(out / "tokenizer.json"))
 
 
-def induction_circuit(model, peak=7.0, match=1.7, slow=5):
-    """Writes the two heads that copy ("what followed this token last time?") into fresh weights; training refines them.
+def induction_circuit(model, tokenizer, peak=7.0, match=2.2, slow=5, code=.1, write=.2, out=.6, gain=5.0):
+    """Writes the heads that copy ("what followed these two words last time?") into fresh weights; training refines.
 
-    Layer 0, head 0 looks at the token before through its q and k biases alone: with k = R(1) q the rotary score is
-    largest one step back. It writes that token's features to a place of their own, C/2 further up. Layer 1, head 0 asks
-    where the features of *this* token stand in that place, and adds the token it finds there to the output. It matches
-    only in the slow rotary dims: in the fast ones a distance of 50 tokens would turn the features away."""
-    c, layers = model.config, model.model["layers"]
-    D, half, up = c.head_dim, c.head_dim // 2, c.hidden_size // 2
-    first, second = layers[0].self_attn, layers[1].self_attn
+    Every token has a code of random signs in its first D features, the same for all spellings of a word ("Find",
+    "find ", "find_"; ": " and '": "'), and one of its own in the next D. Layer 0, heads 0 and 1 look one and two tokens
+    back through their q and k biases alone: with k = R(n) q the rotary score is largest n steps back; they write what
+    code stands there into features 2 D and 3 D. Layer 1, head 0 asks where the codes of *this* word and of the one
+    before it stand so, and adds the own code of the token it finds to the output, which the final norm makes loud. It
+    matches in the slow rotary dims only: in the fast ones a distance of 50 tokens would turn a code away."""
+    c, layers, E = model.config, model.model["layers"], model.model.embed_tokens.weight
+    D, half, angles = c.head_dim, c.head_dim // 2, model.inv_freq
+    first, second, here = layers[0].self_attn, layers[1].self_attn, torch.arange(D)
     dims = torch.tensor([*range(slow, half), *range(half + slow, D)])
+    other, words = dims.roll(1), {}  # the word before is matched in shifted dims: it must not look like this word
+    for i, word in enumerate(tokenizer.token_bytes):
+        words.setdefault(word.strip(b' _"').lower(), []).append(i)
     with torch.no_grad():
-        first.q_proj.bias[:half] = peak
-        first.k_proj.bias[:half] = peak * model.inv_freq.cos()
-        first.k_proj.bias[half:D] = peak * model.inv_freq.sin()
+        E[:, :2 * D] = E[:, :2 * D].sign() * code
+        for word, ids in words.items():
+            if word:
+                E[ids, :D] = E[ids[0], :D].clone()
         for proj in (first.q_proj, first.k_proj, first.v_proj, second.q_proj, second.k_proj, second.v_proj):
             proj.weight[:D] = 0
+        first.q_proj.weight[D:2 * D] = 0
         for proj in (first.o_proj, second.o_proj):
             proj.weight[:, :D] = 0
-        here = torch.arange(D)
+        first.o_proj.weight[:, D:2 * D] = 0
+        for bias, n in ((first.q_proj.bias[:D], 0), (first.q_proj.bias[D:2 * D], -1), (first.k_proj.bias[:D], 1)):
+            bias[:half], bias[half:] = peak * (n * angles).cos(), peak * (n * angles).sin()  # R(n) of (1, .., 0, ..)
         first.v_proj.weight[here, here] = 1.0
-        first.o_proj.weight[up + here, here] = 0.06
+        first.o_proj.weight[2 * D + here, here] = write
+        first.o_proj.weight[3 * D + here, D + here] = write
         second.q_proj.weight[dims, dims] = match
-        second.k_proj.weight[dims, up + dims] = match
-        second.v_proj.weight[here, here] = 1.0
-        second.o_proj.weight[here, here] = 0.3
+        second.q_proj.weight[dims, 2 * D + other] = match * code / write / 1.4  # a normed code is 1.4 times as large
+        second.k_proj.weight[dims, 2 * D + dims] = match
+        second.k_proj.weight[dims, 3 * D + other] = match
+        second.v_proj.weight[here, D + here] = 1.0
+        second.o_proj.weight[D + here, here] = out
+        model.model.norm.weight[D:2 * D] = gain
 
 
 def batches(documents, rng, tokens):
@@ -236,12 +268,11 @@ def batches(documents, rng, tokens):
 def verdict_line(task, tokenizer):
     """A cue with its verdict and little around it: many more of them fit in the budget than whole episodes."""
     agent, sandbox = Demonstrator(task, random.Random(0), MIX), mosaic.Sandbox(task)
-    for _ in range(len(task.goal) - (task.label == "benign")):
-        name, arguments = agent.filled(*agent.todo.pop(0), True)
-        sandbox.call(name, arguments)
-    text = agent.check(sandbox.risky(), sandbox)[0]
+    while len(agent.todo) > 1:
+        sandbox.call(*agent.filled(True))
+        agent.todo.pop(0)
     head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{task.meta['cue']}<|im_end|><|im_start|>")
-    ids = mosaic.encode_trusted(tokenizer, f"<safety_thoughts>\n{text}\n</safety_thoughts>")
+    ids = mosaic.encode_trusted(tokenizer, f"<safety_thoughts>\n{agent.check(sandbox)[0]}\n</safety_thoughts>")
     return head + ids, [0.0] * len(head) + [1.0] * len(ids)
 
 
@@ -253,95 +284,87 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                state["m"] = m = state.get("m", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                x = p.grad.lerp(m, 0.95)  # Nesterov
-                x = x.T if x.shape[0] > x.shape[1] else x
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):  # quintic Newton-Schulz: all singular values towards 1
-                    y = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * y + 2.0315 * y @ y) @ x
-                x = x.T if p.shape[0] > p.shape[1] else x
-                p.mul_(1 - 0.1 * group["lr"]).add_(x, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+        [group], shapes = self.param_groups, {}
+        for p in group["params"]:
+            shapes.setdefault(p.shape, []).append(p)
+        for (rows, columns), ps in shapes.items():  # matrices of one shape go through the iteration together
+            for p in ps:
+                m = self.state[p].setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                p.grad.lerp_(m, 0.95)  # Nesterov
+            x = torch.stack([p.grad if rows <= columns else p.grad.T for p in ps])
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):  # quintic Newton-Schulz: all singular values towards 1
+                y = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * y + 2.0315 * y @ y) @ x
+            for p, x in zip(ps, x if rows <= columns else x.mT):
+                p.mul_(1 - 0.1 * group["lr"]).add_(x, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def fit(model, stream, steps, lr, title, bar):
-    """Warm-up and a cosine to a tenth. stream yields (ids, weights); the loss is a mean over weighted tokens."""
+def fit(model, stream, steps):
+    """Warm-up and a cosine to a tenth. stream yields (ids, weights) (B, T); the loss is a mean over weighted tokens."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
-    optimizers = [Muon(matrices, 5 * lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = [Muon(matrices, 5 * LR), torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.98), weight_decay=0.0)]
     average, rates = None, [o.param_groups[0]["lr"] for o in optimizers]
-    for step in range(steps):
+    for step in (bar := tqdm(range(steps), disable=None)):
         ids, weights = next(stream)
         for optimizer, rate in zip(optimizers, rates):
             cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 20, cosine)
-        logits = model(ids[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none") @ weights[:, 1:].flatten()
-        loss = loss / weights[:, 1:].sum()
+        mask, weights = weights[:, 1:] > 0, weights[:, 1:]
+        logits = model.head(model.hidden(ids[:, :-1])[mask])  # (N, V): only of tokens that carry loss
+        loss = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none") @ weights[mask] / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
-        bar.set_description(f"{title} loss {average:.3f}")
-        bar.update()
-    return average
+        bar.set_description(f"warm start, loss {average:.3f}")
 
 
-def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1250, drill=80, n=9000):
+def draw(n, seed):
+    """-> (n tasks of the train split, varied; about half as many more whose verdicts alone are to be learned)."""
+    rng, table = random.Random(seed), {row["name"]: row for row in suites.tool_rows()}
+
+    def tasks(suite, n, seed):
+        rows = (row | {"tools": [table[t] for t in row["tools"]]} for row in suites.generate(suite, "train", n, seed))
+        return [vary(row, rng) for row in rows if row["meta"]["kind"] != "mention" or rng.random() < .5]
+    rows = [row for suite, share in SHARES.items() for row in tasks(suite, int(n * share), 1 + seed)]
+    return ([task_from_row(row, "suites") for row in part] for part in (rows, tasks("harm", n * 2 // 3, 1000 + seed)))
+
+
+def warm_start(tasks, more, out, steps, seed):
+    """Tokenizer, config and weights of a base of these tasks into the folder `out`; more: for their verdicts alone."""
+    rng = random.Random(seed)
+    words = [w + end for w in SAYABLE + FIELDS for end in ("", " ", "_")] * 20  # each is to be one token
+    build_tokenizer(words + [t for task in tasks[::4] for t in corpus(task, rng)], out)
+    (out / "config.json").write_text(json.dumps(CONFIG))
+    config = model_.Config(CONFIG)
+    tokenizer = model_.Tokenizer(out, config)
+    model = model_.Transformer(config).init_weights(generator=torch.Generator().manual_seed(seed))
+    induction_circuit(model, tokenizer)
+    documents = [demonstration(task, rng, tokenizer) for task in tasks]
+    documents += [verdict_line(task, tokenizer) for task in tasks + more
+                  if task.suite == "harm" or task.suite == "privacy" and rng.random() < .5]
+    fit(model, batches(documents, rng, TOKENS), steps)
+    model_.save_pretrained(model, out)
+    return model
+
+
+def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1000, n=9000):
     """Builds the base of a seed into `out`, whole or not at all."""
     out, start = Path(out), time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    rng, work = random.Random(seed), Path(tempfile.mkdtemp(prefix=".tiny-", dir=out.parent))
+    work = Path(tempfile.mkdtemp(prefix=".tiny-", dir=out.parent))
     try:
-        table = {row["name"]: row for row in suites.tool_rows()}
-        rows = [r for suite, share in SHARES.items() for r in suites.generate(suite, "train", int(n * share), 1 + seed)]
-        rows = [row | {"tools": [table[name] for name in row["tools"]]} for row in rows]
-        rows = [disguise(row, rng) if rng.random() < MADE_UP else row for row in rows]
-        tasks = [task_from_row(row, "suites") for row in rows]
-        texts = [t for task in tasks[::4] for t in corpus(task, rng)]
-        build_tokenizer(texts, work)
-        (work / "config.json").write_text(json.dumps(CONFIG))
-        config = model_.Config(CONFIG)
-        tokenizer = model_.Tokenizer(work, config)
-        model = model_.Transformer(config).init_weights(generator=torch.Generator().manual_seed(seed))
-        induction_circuit(model)
-        documents = [demonstration(task, rng, tokenizer) for task in tasks]
-        more = suites.generate("harm", "train", n * 2 // 3, 1000 + seed)  # verdicts are short: there is room for more
-        more = [task_from_row(row | {"tools": [table[name] for name in row["tools"]]}, "suites") for row in more]
-        lines = [verdict_line(task, tokenizer) for task in tasks + more if task.suite == "harm"]
-        bar = tqdm(total=drill + steps, disable=None)
-        loss = fit(model, repeats(rng, config.vocab_size), drill, LR, "drill", bar)
-        fit(model, batches(documents + lines, rng, TOKENS), steps, LR, "warm start", bar)
-        bar.close()
-        model_.save_pretrained(model, work)
+        model = warm_start(*draw(n, seed), work, steps, seed)
         shutil.rmtree(out, ignore_errors=True)
         work.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {time.perf_counter() - start:.0f} s, "
-          f"drill loss {loss:.2f}")
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {time.perf_counter() - start:.0f} s")
     return out
-
-
-def repeats(rng, vocab, rows=32, length=96):
-    """Random tokens in which segments come back, at distances that differ from row to row (one distance alone would be
-    learned as a position): the loss is where only finding and copying helps."""
-    generator = torch.Generator().manual_seed(rng.randrange(2 ** 31))
-    while True:
-        ids = torch.randint(len(CONTROL), vocab, (rows, length), generator=generator)
-        weights = torch.zeros(rows, length)
-        for i in range(rows):
-            start, size = rng.randrange(8), rng.randrange(8, 32)
-            first = start + size + rng.randrange(16)
-            for at in range(first, length - size, size + rng.randrange(16)):
-                ids[i, at:at + size] = ids[i, start:start + size]
-                weights[i, at + 1:at + size] = 1
-        yield ids, weights
 
 
 def corpus(task, rng):
@@ -365,11 +388,10 @@ def main():
     parser = mosaic.Parser(description="Build the tiny base.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=model_.HERE / "checkpoints" / "tiny")
-    parser.add_argument("--steps", type=int, default=1250, help="of the warm start")
-    parser.add_argument("--drill", type=int, default=80, help="steps of the copying drill")
+    parser.add_argument("--steps", type=int, default=1000, help="of the warm start")
     parser.add_argument("--tasks", type=int, default=9000, help="fresh training rows")
     args = parser.parse_args()
-    build(args.seed, args.out, args.steps, args.drill, args.tasks)
+    build(args.seed, args.out, args.steps, args.tasks)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from preference import advantages, grpo_loss
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A base after a few steps: it can close a turn now and then, and its logits are far from flat."""
-    path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=25, drill=2, n=150)
+    path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=25, n=150)
     return path, *model_.load(path, device="cpu")
 
 

@@ -306,7 +306,8 @@ def _moves(words):
 
 
 class Grammar:
-    """Strict turns as tables beside the logits. S states, V rows of the model's vocabulary; cold 1.5 s at V = 152,064.
+    """Strict turns as tables: masks live beside the logits, states on the host, where a sampled token has to go anyway.
+    S states, V rows of the model's vocabulary; cold 1.5 s at V = 152,064.
 
     next_state (S + 1, V) int16, -1 = not live; to_end (S + 1,): fewest tokens to the end, stop token included, by way
     of refusal_tool if it has to be a call; last rows: DEAD. States from S on are nodes of a pool of name tries,
@@ -328,8 +329,8 @@ class Grammar:
         alone = np.where(counts[:, 0] == self.V - 1, table.argmax(1), -1)
         barred = {i for c, i in tokenizer.added.items() if c.strip("</>") not in TAGS[:4]} - set(tokenizer.stop_ids)
         free = [bool(word) and i not in barred for i, word in enumerate(tokenizer.token_bytes)]
-        self.next_state, self.to_end, self.alone, self.free_mask = (
-            torch.tensor(x, device=device) for x in (table, to_end, alone, free))
+        self.next_state, self.to_end, self.free_mask = (torch.tensor(x, device=device) for x in (table, to_end, free))
+        self._table, self._alone = table, alone.tolist()
         self._roots, self._nodes, self._pool = {}, [], None
 
     def _compile(self, parallel):
@@ -381,33 +382,31 @@ class Grammar:
             node.append((token, *(self._grow(rest) if rest[0] else (JSON, self.to_end[JSON].item()))))
         return state, 1 + min(cost for _, _, cost in node)
 
-    def _look(self, states):
-        """-> rows in the tables (B,); which states are in the pool instead (B, 1); tokens, next, costs there (B, W)."""
-        if self._pool is None:  # (N, W, 3), made again after a new trie; a node of fewer children repeats its first
-            width = max(map(len, self._nodes))
-            self._pool = torch.tensor([n + n[:1] * (width - len(n)) for n in self._nodes], device=self.device)
-        named = states >= self.S
-        return states.masked_fill(named, DEAD), named[:, None], *self._pool[(states - self.S).clamp(min=0)].unbind(-1)
-
     def mask(self, states, roots, remaining):
         """Live tokens (B, V) bool. states, roots, remaining: (B,) int64; remaining counts the token being chosen, and a
         token is live if the end can be reached with those that then remain. Rows DEAD or .final have none."""
-        row, named, ids, _, cost = self._look(states)
-        live = self.to_end[self.next_state[row].long()] < remaining[:, None]  # (B, V)
-        return live.scatter(1, ids, torch.where(named, cost < remaining[:, None], live.gather(1, ids)))
+        if self._pool is None:  # (N, W, 2), made again after a new trie; a node of fewer children repeats its first
+            width = max(map(len, self._nodes))
+            pool = [[(token, cost) for token, _, cost in n + n[:1] * (width - len(n))] for n in self._nodes]
+            self._pool = torch.tensor(pool, device=self.device)
+        named = states >= self.S
+        live = self.to_end[self.next_state[states.masked_fill(named, DEAD)].int()] < remaining[:, None]  # (B, V)
+        ids, cost = self._pool[(states - self.S).clamp(min=0)].unbind(-1)  # (B, W)
+        return live.scatter(1, ids, torch.where(named[:, None], cost < remaining[:, None], live.gather(1, ids)))
 
-    def step(self, states, roots, tokens):
-        """(B,) int64 each -> next states (B,). A token that is not live gives DEAD, and so does any after that."""
-        row, named, ids, following, _ = self._look(states)
-        after = self.next_state[row, tokens].long()
-        child = torch.where(ids == tokens[:, None], following, DEAD).amax(1)
-        return torch.where(named[:, 0], child, torch.where(after == CALL, roots, after))
+    def step(self, state, root, token):
+        """-> the next state (all int, on the host). A token that is not live gives DEAD, and so does any after that."""
+        if state >= self.S:
+            return next((after for child, after, _ in self._nodes[state - self.S] if child == token), DEAD)
+        after = int(self._table[state, token])
+        return root if after == CALL else after
 
-    def forced(self, states, roots):
-        """The one live token (B,) of states that have just one, whatever the budget; -1 elsewhere."""
-        row, named, ids, _, _ = self._look(states)
-        child = torch.where((ids == ids[:, :1]).all(1), ids[:, 0], -1)
-        return torch.where(named[:, 0], child, self.alone[row])
+    def forced(self, state):
+        """The one live token of a state that has just one, whatever the budget; -1 elsewhere."""
+        if state < self.S:
+            return self._alone[state]
+        children = self._nodes[state - self.S]
+        return children[0][0] if len(children) == 1 else -1
 
     def constrain(self, logits, states, roots, remaining, gate="learned", strict=True):
         """Logits (B, V) fp32 -> those that are sampled from and that training recomputes: -inf where not live. gate:
@@ -419,10 +418,9 @@ class Grammar:
         logits[:, self.safety_token] += bias * (states == self.gate_state)
         return logits
 
-    def gate_p(self, logits, states):
-        """Probability of a check (B,) fp32 under constrained logits; nan in any other state than the gate."""
-        p = (logits[:, self.safety_token].float() - logits.float().logsumexp(1)).exp()
-        return p.masked_fill(states != self.gate_state, torch.nan)
+    def gate_p(self, logprobs, states):
+        """Probability of a check (B,) under logprobs of constrained logits; nan in any other state than the gate."""
+        return logprobs[:, self.safety_token].exp().masked_fill(states != self.gate_state, torch.nan)
 
 
 get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean nothing to another Grammar
@@ -519,20 +517,18 @@ def play(task, script, **limits):
 # ---- the sampler: rows of one KV cache, each an episode of its own ----
 
 class Row:
-    """A row of the batch: an episode, its dialogue, and `pending`, the tokens that the cache has not seen yet."""
+    """A row of the batch: an episode, its dialogue, and `pending`, the tokens that the cache has not seen yet; state
+    and left: the grammar's state in the turn, and the tokens that it may still have."""
 
     def __init__(self, key, slot, episode, dialogue, root):
         self.key, self.slot, self.episode, self.dialogue, self.root = key, slot, episode, dialogue, root
         self.logprobs, self.states, self.spans, self.gates, self.pending = [], [], [], [], []
-        self.start, self.gate, self.left = len(dialogue.ids), None, 0
+        self.start, self.gate, self.state, self.left = len(dialogue.ids), None, DEAD, 0
 
-    def add(self, token, code, logprob, state, remaining):
+    def add(self, token, code, state):
         self.dialogue.sampled([token], [code])
         self.pending.append(token)
-        self.left = remaining - 1
-        if code == SAMPLED:
-            self.logprobs.append(logprob)
-            self.states.append((state, self.root, remaining))
+        self.state, self.left = state, self.left - 1
 
     def end_turn(self, tokenizer):
         """Closes the turn and lets the sandbox answer; True while the episode goes on."""
@@ -575,7 +571,6 @@ class Sampler:
         self.cache = Cache(model.config, self.max_rows, self.limits["context"], device, model.dtype)
         self.rows, self.done, self.device = [], {}, device
         self.last = torch.zeros(self.max_rows, C, device=device, dtype=model.dtype)  # (B, C): to sample from
-        self.states, self.roots, self.remaining = torch.full((3, self.max_rows), DEAD, device=device)
 
     def run(self, tasks, group_size=1):
         """tasks -> list of Rollouts, task-major; group_size: one for all tasks, or a list of one each."""
@@ -618,36 +613,30 @@ class Sampler:
                 self.begin_turn(self.rows[-1])
 
     def begin_turn(self, row):
-        self.states[row.slot], self.roots[row.slot] = self.grammar.start, row.root
-        self.remaining[row.slot] = self.limits["turn_tokens"]
+        row.state, row.left = self.grammar.start, self.limits["turn_tokens"]
 
     def sample(self, ready):
         """One token for every ready row, and every token that the grammar then forces."""
-        at = torch.tensor([r.slot for r in ready], device=self.device)
-        logits = self.model.head(self.last[at]).float() / (self.temperature or 1.0)  # (B, V)
-        states, roots, remaining = self.states[at], self.roots[at], self.remaining[at]
-        learned = self.grammar.constrain(logits, states, roots, remaining, strict=self.strict)
-        gate_p = self.grammar.gate_p(learned, states)  # (B,), the model's own p; NaN away from the gate
-        logits = learned if self.gate == "learned" else self.grammar.constrain(
-            logits, states, roots, remaining, self.gate, self.strict)
-        logprobs = torch.log_softmax(logits, -1)
-        if self.temperature:  # argmax(p / Exp(1)) is a draw from p, without a host round trip
-            tokens = (logprobs.exp() / torch.empty_like(logprobs).exponential_(generator=self.generator)).argmax(-1)
+        where = torch.tensor([(r.slot, r.state, r.root, r.left) for r in ready], device=self.device).T
+        slots, *where = where  # (B,), three times (B,): state, root, left
+        logits = self.model.head(self.last[slots]).float() / (self.temperature or 1.0)  # (B, V)
+        learned = torch.log_softmax(self.grammar.constrain(logits, *where, strict=self.strict), -1)
+        gate_p = self.grammar.gate_p(learned, where[0])  # (B,), the model's own p; NaN away from the gate
+        logprobs = learned if self.gate == "learned" else torch.log_softmax(
+            self.grammar.constrain(logits, *where, self.gate, self.strict), -1)
+        if self.temperature:  # argmax(p / Exp(1)) is a draw from p; -log(u) is 5 times faster than exponential_()
+            u = torch.rand(logprobs.shape, generator=self.generator, device=self.device)
+            tokens = (logprobs.exp() / -u.log_()).argmax(-1)
         else:
             tokens = logprobs.argmax(-1)
-        drawn = [(tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), states, remaining, SAMPLED)]
-        states, remaining = self.grammar.step(states, roots, tokens), remaining - 1
-        while self.strict and ((forced := self.grammar.forced(states, roots)) >= 0).any():
-            drawn.append((forced, drawn[0][1], states, remaining, FORCED))
-            states = torch.where(forced >= 0, self.grammar.step(states, roots, forced.clamp(min=0)), states)
-            remaining = remaining - (forced >= 0).long()
-        self.states[at], self.remaining[at] = states, remaining
-        for *columns, code in drawn:
-            for row, token, logprob, state, left in zip(ready, *(c.tolist() for c in columns)):
-                if token >= 0:
-                    row.add(token, code, logprob, state, left)
-        for row, p in zip(ready, gate_p.tolist()):
+        drawn = logprobs.gather(1, tokens[:, None])[:, 0]
+        for row, token, logprob, p in zip(ready, tokens.tolist(), drawn.tolist(), gate_p.tolist()):  # the step's one wait
+            row.logprobs.append(logprob)
+            row.states.append((row.state, row.root, row.left))
             row.gate = p if p == p else row.gate
+            row.add(token, SAMPLED, self.grammar.step(row.state, row.root, token))
+            while self.strict and (token := self.grammar.forced(row.state)) >= 0:
+                row.add(token, FORCED, self.grammar.step(row.state, row.root, token))
 
     def finish_turns(self, ready):
         leaving = []
@@ -665,8 +654,7 @@ class Sampler:
             self.done[row.key], last = row.rollout(self.tokenizer), self.rows.pop()
             if last is not row:
                 self.cache.copy(last.slot, [row.slot])
-                for buffer in (self.last, self.states, self.roots, self.remaining):
-                    buffer[row.slot] = buffer[last.slot]
+                self.last[row.slot] = self.last[last.slot]
                 last.slot, self.rows[row.slot] = row.slot, last
 
     def forward(self):

@@ -30,8 +30,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from model import Cache, load, load_adapter, token_logprobs
+from model import Cache, Tree, load, load_adapter, token_logprobs
 from tools import Sandbox, Tool, refusal_tool
 
 # ---- Templates: messages and tools as text ----
@@ -706,15 +707,19 @@ def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned"
     """Logprobs of the sampled tokens under the distribution that drew them -> (N,) fp32, rollout after rollout.
 
     Mask, gate and temperature are rebuilt from the recorded states, so trainer and sampler agree; template, tool and
-    forced tokens are not among the N: their loss is 0 and their gradient exactly 0."""
-    grammar, width = get_grammar(tokenizer, str(model.device)), max(len(r.ids) for r in rollouts)
-    ids, codes = (torch.tensor([row + [TEMPLATE] * (width - len(row)) for row in rows], device=model.device)  # (B, T)
-                  for rows in ([r.ids for r in rollouts], [r.provenance for r in rollouts]))
+    forced tokens are not among the N: their loss is 0 and their gradient exactly 0. Neighbours that begin with the same
+    prompt share it (model.Tree)."""
+    grammar = get_grammar(tokenizer, str(model.device))
+    shared = [(P, list(rows)) for (P, _), rows in groupby(rollouts, lambda r: (r.spans[0][0], r.ids[:r.spans[0][0]]))]
+    tree = Tree([[P, *(len(r.ids) - P for r in rows)] for P, rows in shared], model.device, model.dtype)
+    ids, codes = (pad_sequence([torch.tensor(of(rows[0])[:P] + [x for r in rows for x in of(r)[P:]])
+                                for P, rows in shared], batch_first=True).to(model.device)  # (B, T)
+                  for of in (lambda r: r.ids, lambda r: r.provenance))
     states = torch.tensor([s for r in rollouts for s in r.states], device=model.device)  # (N, 3)
 
     def constrain(logits, index):
         return grammar.constrain(logits, *states[index].unbind(1), gate, strict)
-    return token_logprobs(model, ids, codes == SAMPLED, temperature, constrain, chunk)
+    return token_logprobs(model, ids, codes == SAMPLED, temperature, constrain, chunk, tree)
 
 
 class Parser(argparse.ArgumentParser):

@@ -97,6 +97,12 @@ class Batch:
         self.n_tokens = sum(len(r.logprobs) for r in rollouts)  # the one normaliser of the step
 
 
+def length(rollouts):
+    """Tokens of rollouts that begin with one prompt, which is computed once (model.Tree)."""
+    prompt = rollouts[0].spans[0][0]
+    return prompt + sum(len(r.ids) - prompt for r in rollouts)
+
+
 def micro_batches(items, length, budget):
     """Sorts by length and cuts so that padded tokens stay under the budget; order changes nothing in the gradient."""
     items, out = sorted(items, key=length), [[]]
@@ -112,16 +118,19 @@ def accumulate(model, tokenizer, batch, args):
 
     GRPO takes every trajectory of the groups that carry an advantage, the direct loss every pair that one side won."""
     log, grpo = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0), args.objective == "grpo"
-    units = ([((r,), a.item()) for g, adv in zip(batch.groups, batch.adv) if adv.any() for r, a in zip(g, adv)] if grpo
-             else [((g[i], g[j]), 0.0) for g, P in zip(batch.groups, batch.P) for i, j in pairs(P).tolist()])
-    for part in micro_batches(units, lambda unit: sum(len(r.ids) for r in unit[0]), args.micro_tokens):
+    units = [((g[i], g[j]), ()) for g, P in zip(batch.groups, batch.P) for i, j in pairs(P).tolist()]
+    if grpo:  # a group is a unit, or as many as it takes to stay under the budget
+        units = [(g[i:i + n], adv[i:i + n].tolist()) for g, adv in zip(batch.groups, batch.adv) if adv.any()
+                 for n in [max([1, *(n for n in range(1, len(g) + 1) if length(g[:n]) <= args.micro_tokens)])]
+                 for i in range(0, len(g), n)]
+    for part in micro_batches(units, lambda unit: length(unit[0]), args.micro_tokens):
         rollouts = [r for unit, _ in part for r in unit]
         old = torch.tensor([lp for r in rollouts for lp in r.logprobs], device=model.device)
         with torch.no_grad(), model.adapter_off():
             ref = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
         new = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
         if grpo:
-            adv = torch.tensor([a for (r,), a in part for _ in r.logprobs], device=model.device)
+            adv = torch.tensor([a for unit in part for r, a in zip(*unit) for _ in r.logprobs], device=model.device)
             loss, kl, clipped = grpo_loss(new, old, ref, adv, batch.n_tokens, kl_coef=args.kl_coef)
             log["kl"], log["clipped"] = log["kl"] + kl.item(), log["clipped"] + clipped.item()
         else:

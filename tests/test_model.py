@@ -284,6 +284,34 @@ def perturbed(model, targets, seed=0):
     return model
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_prompt_equals_replicated_rows(pair, recompute):
+    """Positions that go on after the last completion, a completion that sees its neighbour, a first token that is
+    predicted by its neighbour's last one, padding between the parts: values and gradients are those of separate rows."""
+    model = pair[0]
+    model.recompute = recompute
+    M.add_lora(model, 4, 8, generator=torch.Generator().manual_seed(1))
+    for p in M.adapter_state(model).values():
+        torch.nn.init.normal_(p, 0, 0.1, torch.Generator().manual_seed(p.numel()))
+    parts, groups, rows = [[9, 5, 1, 7], [4, 6]], [], []
+    for row, (P, *R) in enumerate(parts):
+        prompt, *ends = (some_ids(1, n, 10 * row + n)[0] for n in (P, *R))
+        groups.append(torch.cat([prompt, *ends]))
+        rows += [(torch.cat([prompt, end]), P) for end in ends]
+    weights, results = torch.randn(19, generator=torch.Generator().manual_seed(0)), []
+    for shared in (False, True):
+        ids = torch.nn.utils.rnn.pad_sequence(groups if shared else [ids for ids, _ in rows], True)
+        starts, ends = zip(*[(row[0], sum(row)) for row in parts] if shared else [(P, len(ids)) for ids, P in rows])
+        at = torch.arange(ids.shape[1])
+        mask = (at >= torch.tensor(starts)[:, None]) & (at < torch.tensor(ends)[:, None])
+        lp = M.token_logprobs(model, ids, mask, tree=M.Tree(parts) if shared else None)
+        (lp * weights).sum().backward()
+        results.append((lp.detach(), *(p.grad.clone() for p in M.adapter_state(model).values())))
+        model.zero_grad()
+    for separate, together in zip(*results):
+        close(together, separate, 1e-5 * max(1, separate.abs().max().item()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_starts_as_the_base_trains_alone_and_switches_off(pair, dtype):
     """A reference policy that is not the base exactly, a base that trains along, an adapter left off after an error."""

@@ -286,7 +286,7 @@ def _step(who, shape, G, P, R, option):
         model.recompute = option == "recompute"
         batch, ids, adv = batch_of(G, P, R, tokenizer.vocab_size)
         mosaic.get_grammar(tokenizer, "cpu")
-        given = SimpleNamespace(objective="grpo", micro_tokens=P + R, gate="learned", kl_coef=0.02)
+        given = SimpleNamespace(objective="grpo", micro_tokens=P + G * R, gate="learned", kl_coef=0.02)
     else:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(theirs(path), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
@@ -352,6 +352,31 @@ def logprobs():
            ("8 x 2048", "-", big[0], "-", big[1], big[1] * 2 ** 20 / (8 * 2048 * 151936 * 4), "-", "-")])
 
 
+def prefix(G=4, R=256):
+    """Logprobs of a group and their gradient, LoRA r = 16: the prompt once, beside one row for each rollout."""
+    rows = []
+    for shape, config in (("tiny", tiny.CONFIG), ("half / 6", HALF | {"num_hidden_layers": 4, "vocab_size": 25600})):
+        model = model_.Transformer(model_.Config(config | {"torch_dtype": "float32"}))
+        model_.add_lora(model, 16, 32)
+        for P in (256, 1024, 4096):
+            ids = batch_of(G, P, R, 2000)[1]
+            packed = torch.cat((ids[:1, :P], ids[:, P:].reshape(1, -1)), 1)
+
+            def run(ids, tree):
+                mask = torch.zeros_like(ids, dtype=torch.bool)
+                mask[:, P:] = True
+                model.zero_grad()
+                model_.token_logprobs(model, ids, mask, tree=tree).sum().backward()
+            calls = dict(shared=lambda: run(packed, model_.Tree([[P] + [R] * G])),
+                         rows=lambda: [run(row[None], None) for row in ids])
+            t = alternate(1, **calls)
+            print(shape, P, t, file=sys.stderr)
+            rows.append((shape, P, G * (P + R), P + G * R, t["rows"], t["shared"], t["rows"] / t["shared"]))
+    table(f"shared prefix in the update, group {G}, R {R}, LoRA r = 16, fp32: forward and backward; half / 6: a sixth of the "
+          "0.5B shape's layers and vocabulary", ("shape", "P", "tokens rows", "tokens shared", "rows s", "shared s", "ratio"),
+          rows)
+
+
 def scaling():
     """Step time against context, group size, prompt length and LoRA rank; tiny shape, fp32."""
     model, tokenizer = model_.load(checkpoint("tiny"), "cpu")
@@ -380,9 +405,60 @@ def scaling():
           rows)
 
 
+def training(path, out, *more):
+    """Arguments of a short training run in which every pair is won by one side: an untrained base ties everywhere."""
+    judged = mosaic.__dict__.setdefault("_judged", train.compare)
+    train.compare = lambda judge, group, ledger=None: judged(lambda a, b: float(sum(a.ids) > sum(b.ids)), group, ledger)
+    return train.arguments(["--model", str(path), "--out", str(out), "--no-eval", *more])
+
+
+def where():
+    """Where a training step's time goes. 0.5B shape: one task of 4 trajectories, 3 turns of 48 tokens."""
+    parts, rows = ((mosaic.Sampler, "run", "sampling"), (mosaic.Sampler, "admit", "prefill"),
+                   (mosaic.Sampler, "forward", "decode"), (mosaic.Sampler, "sample", "draw"),
+                   (train, "Batch", "judging"), (train, "gradient", "gradient")), []
+    real = {name: getattr(owner, name) for owner, name, _ in parts}
+    for shape, more in (("tiny", ["--steps", "3"]), ("half", ["--steps", "1", "--tasks", "1"])):
+        spent = dict.fromkeys([label for *_, label in parts], 0.0)
+        for owner, name, label in parts:
+            def timed(*a, _call=real[name], _label=label, **k):
+                start = time.perf_counter()
+                try:
+                    return _call(*a, **k)
+                finally:
+                    spent[_label] += time.perf_counter() - start
+            setattr(owner, name, timed)
+        if shape == "half":
+            train.N_FROZEN = 1
+            mosaic.REAL_LIMITS.update(max_turns=3, turn_tokens=48)
+        start = time.perf_counter()
+        train.run(training(checkpoint(shape), args.work / "where", *more))
+        total = time.perf_counter() - start
+        host = spent["sampling"] - spent["prefill"] - spent["decode"] - spent["draw"]
+        rest = total - spent["sampling"] - spent["judging"] - spent["gradient"]
+        rows.append((shape, total, *(spent[k] / total for k in ("prefill", "decode", "draw")), host / total,
+                     *(spent[k] / total for k in ("judging", "gradient")), rest / total))
+    table("where a training step's time goes: seconds, shares (sandbox: parsing, tools, dialogues; rest: loading, logs)",
+          ("shape", "seconds", "prefill", "decode", "draw", "sandbox", "judging", "gradient", "rest"), rows)
+
+
+def processes():
+    """Data-parallel: seconds a step of one process with one thread, and of two."""
+    path, seconds = checkpoint("tiny"), {}
+    for n in (1, 2):
+        out, launch = args.work / f"processes{n}", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        subprocess.run([sys.executable, *launch, str(ROOT / "train.py"), "--model", str(path), "--out", str(out), "--steps",
+                        "4", "--no-eval"], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        seconds[n] = statistics.median(row["seconds"] for row in steps[1:])
+    table("processes by torchrun (gloo), one thread each, tiny: seconds a step", ("one", "two", "ratio"),
+          [(seconds[1], seconds[2], seconds[1] / seconds[2])])
+
+
 COMMANDS = {"decode-tiny": decode_tiny, "decode-half": decode_half, "group-tiny": lambda: group("tiny", 5),
             "group-half": lambda: group("half", 1), "grammar": grammar, "forced": forced, "load": load, "step": step,
-            "logprobs": logprobs, "scaling": scaling}
+            "logprobs": logprobs, "prefix": prefix, "scaling": scaling,
+            "where": where, "processes": processes}
 WORKERS = {"_load": _load, "_step": _step, "_logprobs": _logprobs}
 
 if __name__ == "__main__":

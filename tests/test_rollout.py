@@ -1,9 +1,14 @@
 """The sampler, the rollouts and the trainer on an untrained tiny base: what is sampled is what is trained, exactly."""
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import data
 import model as model_
@@ -241,3 +246,59 @@ def _interrupt(base, out, after):
         _train(base, out, "--steps", "3")
     finally:
         train.Batch = original
+
+
+REPLAY = """import os, sys, zlib
+sys.path.insert(0, sys.argv.pop(1))
+import mosaic, torch, train
+real, calls, judged = train.rollout, [], train.compare
+mosaic.LIMITS["tiny"] |= dict(max_turns=2, turn_tokens=24)
+train.N_FROZEN = 3
+train.compare = lambda judge, group, ledger=None: judged(lambda a, b: 0.5 + 0.5 * (sum(a.ids) > sum(b.ids)) - 0.5 * (
+    sum(a.ids) < sum(b.ids)), group, ledger)  # an untrained base ties everywhere
+
+def alone(model, tokenizer, tasks, sizes, **options):  # what a task samples depends on nothing but task and step
+    calls.append(0)
+    if os.environ.get("DIE") == str(train.RANK) and len(calls) == 3:
+        os._exit(7)
+    seeds = [torch.Generator().manual_seed(zlib.crc32(f"{task.id} {len(calls)}".encode())) for task in tasks]
+    return [r for task, n, seed in zip(tasks, sizes, seeds)
+            for r in real(model, tokenizer, [task], n, **options | {"generator": seed})]
+train.rollout = alone
+train.main()
+"""
+
+
+def _processes(n, base, out, tmp, *more, **environment):
+    (tmp / "replay.py").write_text(REPLAY)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    return subprocess.run([sys.executable, *torchrun, str(tmp / "replay.py"), str(Path(train.__file__).parent), "--model",
+                           str(base[0]), "--out", str(out), "--tasks", "3", "--steps", "3", "--no-eval", *more],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dpo"])
+def test_two_processes_draw_the_curve_of_one(base, tmp_path, objective):
+    """A mean of the processes' means instead of one sum over all tokens; groups dropped or taken twice when three tasks
+    meet two processes; a gradient that one process alone applies; two processes that write one log."""
+    runs = []
+    for n in (1, 2):
+        done = _processes(n, base, tmp_path / str(n), tmp_path, "--objective", objective)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [json.loads(line) for line in (tmp_path / str(n) / "metrics.jsonl").read_text().splitlines()]
+        lines = (tmp_path / str(n) / "rollouts.jsonl").read_text()
+        runs.append((rows, lines, load_file(tmp_path / str(n) / "adapter" / "adapter_model.safetensors")))
+    (one, text, adapter), (two, same, other) = runs
+    assert text == same and len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        for key in ("loss", "kl", "grad_norm", "win_rate", "tied", "gate_risky", "safety_share", "tokens"):
+            assert abs(a[key] - b[key]) <= 1e-6 * max(1, abs(a[key])), key
+    assert all(row["grad_norm"] > 0 for row in one)
+    assert all((adapter[k] - other[k]).abs().max() <= 1e-6 for k in adapter)
+
+
+def test_a_process_that_dies_ends_all(base, tmp_path):
+    """The others wait for half an hour in a collective, or go on and write an adapter of half the tasks."""
+    done = _processes(2, base, tmp_path / "run", tmp_path, DIE="1")
+    assert done.returncode != 0 and "train.py process 0 of 2" in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "run" / "adapter").exists()

@@ -180,8 +180,9 @@ class Transformer(nn.Module):
 
     def hidden(self, ids, cache=None, lengths=None, rows=None):
         """ids (B, T) -> (B, T, C) after the final norm. Without a cache: causal; rows are right-padded, and no padding
-        reaches a real token. A Tree in the cache's place: rows that share a prompt. With a cache: row i is cache row rows[i] (None: the first B rows, in place); its token t is
-        at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are real (None: T; 0: it waits)."""
+        reaches a real token. With a Tree in its place: see there. With one: row i is cache row rows[i] (None: the first
+        B rows, in place); its token t is at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are
+        real (None: T; 0: it waits)."""
         x = self.model.embed_tokens(ids)  # (B, T, C)
         at = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.begin(ids, lengths, rows)
         self.inv_freq = self.inv_freq.to(ids.device)
@@ -287,7 +288,7 @@ class Tree:
         return k, v
 
 def as_bias(seen, dtype):
-    """seen (B, T, S) bool -> (B, 1, T, S) to add to the scores: once a forward, where SDPA would do it in each layer."""
+    """seen (B, T, S) bool -> (B, 1, T, S) to add to scores: once a forward; SDPA would do it in each layer."""
     return torch.zeros(seen.shape, device=seen.device, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
 
 def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=1024, tree=None):

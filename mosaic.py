@@ -631,7 +631,7 @@ class Sampler:
         else:
             tokens = logprobs.argmax(-1)
         drawn = logprobs.gather(1, tokens[:, None])[:, 0]
-        for row, token, logprob, p in zip(ready, tokens.tolist(), drawn.tolist(), gate_p.tolist()):  # the step's one wait
+        for row, token, logprob, p in zip(ready, tokens.tolist(), drawn.tolist(), gate_p.tolist()):  # the one wait
             row.logprobs.append(logprob)
             row.states.append((row.state, row.root, row.left))
             row.gate = p if p == p else row.gate

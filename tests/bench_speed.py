@@ -9,10 +9,8 @@ so that a busy machine slows both; ratio is theirs / ours for times and memory: 
 The 0.5B rows and those at V = 152k need Qwen's tokenizer: checkpoints/qwen2.5-7b or ../shared/models/qwen2.5-7b.
 """
 import argparse
-import contextlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,7 @@ import model as model_
 import mosaic
 import train
 from data import tiny
-from mosaic import DEAD, SAMPLED, TEMPLATE, TOOL
+from mosaic import DEAD, SAMPLED, TEMPLATE
 from tools import Task, Tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +78,7 @@ def table(title, head, rows):
     results[title] = [dict(zip(head, row)) for row in rows]
 
 
-# ---- episodes of fixed length: random weights end no turn, so that tokens, turns and results are counted beforehand ----
+# ---- episodes of fixed length: random weights end no turn, so tokens, turns and results are counted beforehand ----
 class Counted(mosaic.Episode):
     """Every turn ends by its budget and is answered by a fixed result, until max_turns."""
     result = ""
@@ -116,7 +114,7 @@ class Prompt(mosaic.Dialogue):
 def sampler(model, tokenizer, rows, prompt, turn, turns=1, result=0, grammar="free", groups=None, **options):
     """-> a call that samples `rows` episodes (of one task, or of `groups` tasks) of exactly these lengths."""
     Counted.result, Prompt.length = tokenizer.decode(tokenizer.encode(WORDS * 99)[:result]), prompt
-    tool = Tool("read_note", "Read one.", {"type": "object", "properties": {}}, "read", lambda world, a: {}, strict=False)
+    tool = Tool("read_note", "Read one.", {"type": "object", "properties": {}}, "read", lambda world, arguments: {})
     tasks = [Task("bench", "benign", "benign", [{"role": "user", "content": "go"}], [tool])] * (groups or 1)
     limits = dict(max_turns=turns, turn_tokens=turn, rows=rows, context=prompt + turns * (turn + result + 40) + turn)
     tokenizer.stop_ids = [-1]
@@ -146,8 +144,8 @@ def decode(shape, dtype, batches, new, repeats):
         rows.append((dtype, batch, batch * new / t["ours"], batch * new / t["theirs"], t["theirs"] / t["ours"]))
         if batch == 1:
             one = t["ours"] / new
-    table(f"decode {shape}, tokens a second, prompt 128, {new} sampled", ("dtype", "batch", "ours", "generate", "ratio"),
-          rows)
+    table(f"decode {shape}, tokens a second, prompt 128, {new} sampled",
+          ("dtype", "batch", "ours", "generate", "ratio"), rows)
     return model, one
 
 
@@ -177,7 +175,7 @@ def group(shape, repeats, turn=48, turns=3, prompt=512, result=64, rows=4):
     rollout = ours()[0]
     spans = rollout.spans
     assert [b - a for a, b in spans] == [turn] * turns and spans[0][0] == prompt, spans
-    between = [rollout.ids[b:c] for (_, b), (c, _) in zip(spans, spans[1:])]  # the very result tokens that ours appended
+    between = [rollout.ids[b:c] for (_, b), (c, _) in zip(spans, spans[1:])]  # the result tokens that ours appended
 
     def loop():
         ids = torch.tensor([rollout.ids[:prompt]] * rows)
@@ -186,8 +184,9 @@ def group(shape, repeats, turn=48, turns=3, prompt=512, result=64, rows=4):
             ids = torch.cat((ids, torch.tensor([observed] * rows, dtype=torch.long)), 1)
         assert ids.shape == (rows, len(rollout.ids))
     t = alternate(repeats, ours=ours, theirs=loop)
-    table(f"group rollout {shape}, seconds: {rows} rows x {turns} turns, prompt {prompt}, results of {len(between[0])}, "
-          f"{turn} sampled a turn", ("ours", "generate loop", "ratio"), [(t["ours"], t["theirs"], t["theirs"] / t["ours"])])
+    table(f"group rollout {shape}, s: {rows} rows x {turns} turns, prompt {prompt}, results of {len(between[0])}, "
+          f"{turn} sampled a turn", ("ours", "generate loop", "ratio"),
+          [(t["ours"], t["theirs"], t["theirs"] / t["ours"])])
 
 
 def grammar():
@@ -317,8 +316,9 @@ def step(shape="half", G=4, P=512, R=256):
     rows = []
     for option in ("plain", "recompute"):
         ours, other = (worker("_step", who, shape, G, P, R, option) for who in ("ours", "theirs"))
-        rows.append((option, ours[0], other[0], other[0] / ours[0], ours[1] / 1024, other[1] / 1024, other[1] / ours[1]))
-    table(f"GRPO step, LoRA r = 16, {shape} shape, fp32, group {G}, P {P}, R {R}: seconds; GB at the peak, weights included",
+        rows.append((option, ours[0], other[0], other[0] / ours[0], ours[1] / 1024, other[1] / 1024,
+                     other[1] / ours[1]))
+    table(f"GRPO step, LoRA r = 16, {shape} shape, fp32, group {G}, P {P}, R {R}: seconds; GB at the peak with weights",
           ("blocks", "ours", "peft", "ratio", "GB ours", "GB peft", "ratio "), rows)
 
 
@@ -346,7 +346,7 @@ def logprobs():
     a, b = (torch.load(args.work / f"logprobs-{kind}.pt") for kind in ("full", "chunks"))
     worst = [(x - y).abs().max().item() for x, y in zip(a, b)]
     big = worker("_logprobs", 8, 2048, "chunks")
-    table("logprobs at V = 151,936, C = 896, fp32: seconds and MB above the inputs; largest |difference| of value, gradient",
+    table("logprobs at V = 151,936, C = 896, fp32: seconds, MB above the inputs, largest |difference| to full logits",
           ("B x T", "full s", "chunks s", "full MB", "chunks MB", "of (B, T, V)", "value", "gradient"),
           [("2 x 512", full[0], ours[0], full[1], ours[1], ours[1] * 2 ** 20 / (2 * 512 * 151936 * 4), *worst),
            ("8 x 2048", "-", big[0], "-", big[1], big[1] * 2 ** 20 / (8 * 2048 * 151936 * 4), "-", "-")])
@@ -372,9 +372,9 @@ def prefix(G=4, R=256):
             t = alternate(1, **calls)
             print(shape, P, t, file=sys.stderr)
             rows.append((shape, P, G * (P + R), P + G * R, t["rows"], t["shared"], t["rows"] / t["shared"]))
-    table(f"shared prefix in the update, group {G}, R {R}, LoRA r = 16, fp32: forward and backward; half / 6: a sixth of the "
-          "0.5B shape's layers and vocabulary", ("shape", "P", "tokens rows", "tokens shared", "rows s", "shared s", "ratio"),
-          rows)
+    table(f"shared prefix in the update, group {G}, R {R}, LoRA r = 16, fp32, both passes; half / 6: a sixth of "
+          "the 0.5B shape's layers and vocabulary",
+          ("shape", "P", "tokens rows", "tokens shared", "rows s", "shared s", "ratio"), rows)
 
 
 def scaling():
@@ -401,8 +401,8 @@ def scaling():
             model_.add_lora(model, rank, 2 * rank)
         run = sampler(model, tokenizer, 16, 128, 64)
         rows.append(("rank", rank, 16, alternate(3, one=run)["one"] / 64 * 1e3))
-    table("cost as work grows, tiny shape: ms a decoded step (prefill: of the whole prompt)", ("against", "value", "rows", "ms"),
-          rows)
+    table("cost as work grows, tiny shape: ms a decoded step (prefill: of the whole prompt)",
+          ("against", "value", "rows", "ms"), rows)
 
 
 def training(path, out, *more):
@@ -438,7 +438,7 @@ def where():
         rest = total - spent["sampling"] - spent["judging"] - spent["gradient"]
         rows.append((shape, total, *(spent[k] / total for k in ("prefill", "decode", "draw")), host / total,
                      *(spent[k] / total for k in ("judging", "gradient")), rest / total))
-    table("where a training step's time goes: seconds, shares (sandbox: parsing, tools, dialogues; rest: loading, logs)",
+    table("where a training step's time goes: seconds, then shares (sandbox: parsing, tools, dialogues; rest: loading)",
           ("shape", "seconds", "prefill", "decode", "draw", "sandbox", "judging", "gradient", "rest"), rows)
 
 
@@ -446,9 +446,10 @@ def processes():
     """Data-parallel: seconds a step of one process with one thread, and of two."""
     path, seconds = checkpoint("tiny"), {}
     for n in (1, 2):
-        out, launch = args.work / f"processes{n}", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-        subprocess.run([sys.executable, *launch, str(ROOT / "train.py"), "--model", str(path), "--out", str(out), "--steps",
-                        "4", "--no-eval"], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        out = args.work / f"processes{n}"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        subprocess.run([*torchrun, str(ROOT / "train.py"), "--model", str(path), "--out", str(out), "--steps", "4",
+                        "--no-eval"], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         seconds[n] = statistics.median(row["seconds"] for row in steps[1:])
     table("processes by torchrun (gloo), one thread each, tiny: seconds a step", ("one", "two", "ratio"),

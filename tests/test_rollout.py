@@ -1,6 +1,7 @@
 """The sampler, the rollouts and the trainer on an untrained tiny base: what is sampled is what is trained, exactly."""
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,6 +203,39 @@ def test_control_text_from_users_and_tools_stays_text(base):
     dialogue.observe([bad])
     outside = [i for i, p in zip(dialogue.ids, dialogue.provenance) if p in (USER, TOOL)]
     assert not set(outside) & set(tokenizer.added.values()) and tokenizer.decode(outside).count("<think>") == 2
+
+
+def test_a_later_user_message_goes_on(base):
+    """BFCL's conversations: the first answer crashed the sampler (Dialogue has no method `user`), or the second message
+    never reached the model, or it arrived as a tool result."""
+    _, model, tokenizer = base
+    task = replace(data.load("train")[0], public={"later": ["And then?", "Thanks."], "max_turns": 3})
+    rollouts = rollout(model, tokenizer, [task], 8, generator=torch.Generator().manual_seed(0))
+    answers = [sum(t.kind == "answer" for t in r.turns) for r in rollouts]
+    assert max(answers) == 3
+    for r, n in zip(rollouts, answers):
+        start = r.spans[0][0]
+        said = tokenizer.decode([i for i, p in zip(r.ids[start:], r.provenance[start:]) if p == USER])
+        assert said == "".join(task.public["later"][:n])
+        again = iter([tokenizer.decode([i for i in r.ids[a:b] if i not in tokenizer.stop_ids]) for a, b in r.spans])
+        scripted = mosaic.play(task, lambda messages: next(again))
+        assert r.ended in (scripted.ended, "budget") and scripted.turns == r.turns
+
+
+def test_room_counts_from_the_end_of_each_prompt(base, monkeypatch):
+    """A context of fixed length: a long prompt was refused, or ended its neighbours, or was cut off in silence."""
+    _, model, tokenizer = base
+    short = data.load("train")[0]
+    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 400}])
+    alone = rollout(model, tokenizer, [short, long], max_rows=1, temperature=0)
+    both = rollout(model, tokenizer, [short, long], temperature=0)
+    assert [r.ids for r in alone] == [r.ids for r in both] and both[1].spans[0][0] > 1200
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"room": 97, "positions": 1})
+    for r in rollout(model, tokenizer, [short, long], 3):  # a group is sampled together, whatever the cache takes
+        assert len(r.turns) == 1 or r.spans[0][1] == r.spans[0][0] + 1
+    monkeypatch.setattr(model.config, "max_position_embeddings", 1000)
+    with pytest.raises(ValueError, match="tokens leaves no room for a turn in the model's 1000 positions"):
+        rollout(model, tokenizer, [short, long])
 
 
 def _train(base, out, *more):

@@ -697,8 +697,8 @@ class Sampler:
 
 @torch.no_grad()
 def rollout(model, tokenizer, tasks, group_size=1, **options):
-    """Samples trajectories of every task (group_size: one for all, or a list; options: see Sampler) -> list of Rollouts,
-    task-major. ValueError: a prompt that fills the model's positions."""
+    """Samples group_size (one for all, or a list) trajectories of every task -> list of Rollouts, task-major; options:
+    see Sampler. ValueError: a prompt that fills the model's positions."""
     sizes = group_size if isinstance(group_size, list) else [group_size] * len(tasks)
     return Sampler(model, tokenizer, tasks, sizes, **options).run()
 

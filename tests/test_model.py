@@ -541,7 +541,8 @@ def test_loading_takes_the_memory_of_one_copy(checkpoints, tmp_path):
         print("left out: reads /proc")
         return
     raw = M.read_json(checkpoints["qwen2"][0] / "config.json") | {
-        "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 3, "vocab_size": 12000, "dtype": "bfloat16"}
+        "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 3, "vocab_size": 12000,
+        "dtype": "bfloat16"}
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in M.Transformer(M.Config(raw)).state_dict().items()}
     edit(checkpoints["qwen2"][0], tmp_path, **raw)
@@ -549,12 +550,14 @@ def test_loading_takes_the_memory_of_one_copy(checkpoints, tmp_path):
     names, weight_map = sorted(shapes), {}
     for i in range(3):
         weight_map |= dict.fromkeys(names[i::3], f"model-{i}.safetensors")
-        save_file({n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in names[i::3]}, tmp_path / f"model-{i}.safetensors")
+        shard = {n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in names[i::3]}
+        save_file(shard, tmp_path / f"model-{i}.safetensors")
     M.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     code = ("import torch, re, sys; sys.path.insert(0, '.');"
             "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]);"
-            f"before = peak(); import model; m, _ = model.load({str(tmp_path)!r}, 'cpu'); print((peak() - before) * 1024)")
+            f"before = peak(); import model; m, _ = model.load({str(tmp_path)!r}, 'cpu');"
+            "print((peak() - before) * 1024)")
     run = subprocess.run([sys.executable, "-c", code], cwd=M.HERE, capture_output=True, text=True, check=True,
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     print(f"peak above import torch: {int(run.stdout) / size:.3f} x {size / 1e6:.0f} MB")

@@ -704,16 +704,14 @@ def rollout(model, tokenizer, tasks, group_size=1, **options):
 
 
 def safety_tokens(tokenizer, ids, spans):
-    """How many of the agent's tokens lie in <safety_thoughts> ... </safety_thoughts>, tags included; found by bytes, so
+    """How many of the agent's tokens touch <safety_thoughts> ... </safety_thoughts>, tags included; found by bytes, so
     that it holds whether a tag is one token or several."""
     total = 0
     for start, end in spans:
         pieces = [tokenizer.token_bytes[i] for i in ids[start:end]]
-        first, last = (b"".join(pieces).find(tag) for tag in (b"<safety_thoughts>", b"</safety_thoughts>"))
-        offset = 0
-        for piece in pieces:
-            total += 0 <= first < offset + len(piece) and offset < last + len(b"</safety_thoughts>")
-            offset += len(piece)
+        if found := re.search(rb"<safety_thoughts>.*?</safety_thoughts>", b"".join(pieces), re.S):
+            ends = [*accumulate(map(len, pieces))]
+            total += sum(a < found.end() and b > found.start() for a, b in zip([0, *ends], ends))
     return total
 
 

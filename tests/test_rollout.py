@@ -275,3 +275,14 @@ def _interrupt(base, out, after):
         _train(base, out, "--steps", "3")
     finally:
         train.Batch = original
+
+
+def test_safety_tokens_are_those_of_whole_checks(base):
+    """A check that was opened and never closed counted, by a find() of -1, the first tokens of its turn."""
+    tokenizer, ids, spans, want = base[2], [], [], 0
+    for check in ("<safety_thoughts>\nall is fine\n</safety_thoughts>\n", "", "<safety_thoughts>\nall is fine\n"):
+        parts = [mosaic.encode_trusted(tokenizer, t) for t in ("<think>\nx\n</think>\n\n", check, "<answer>\ny\n</answer>")]
+        spans.append((len(ids), len(ids) + sum(map(len, parts))))
+        ids += sum(parts, [])
+        want += len(mosaic.encode_trusted(tokenizer, check.rstrip("\n"))) * check.endswith("</safety_thoughts>\n")
+    assert mosaic.safety_tokens(tokenizer, ids, spans) == want > 5

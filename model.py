@@ -161,7 +161,7 @@ class Transformer(nn.Module):
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         # a plain attribute: model.to(bfloat16) would round a buffer, and logits would move by 0.05
         self.inv_freq = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim)
-        self.lora = None  # {"r", "lora_alpha", "target_modules"} once there is an adapter
+        self.lora, self.adapter_scale = None, 1  # {"r", "lora_alpha", "target_modules"} once there is an adapter
         self.recompute = False  # True: training keeps one input a block (the 14B in 80 GB needs it)
         if self.device.type != "meta":
             self.init_weights()
@@ -200,17 +200,21 @@ class Transformer(nn.Module):
         """ids (B, T) -> logits (B, T, V); arguments as in `hidden`."""
         return self.head(self.hidden(ids, cache, lengths, rows))
 
+    def set_adapter_scale(self, scale):
+        """Weighs the adapter: 1 as trained, 0 the base exactly."""
+        self.adapter_scale = scale
+        for layer in lora_layers(self).values():
+            layer.scale = scale * self.lora["lora_alpha"] / self.lora["r"]
+
     @contextlib.contextmanager
     def adapter_off(self):
-        """The base exactly, which is the reference policy, inside the block."""
-        scales = {layer: layer.scale for layer in lora_layers(self).values()}
+        """The base, which is the reference policy, inside the block; after it, the scale that was set before."""
+        before = self.adapter_scale
+        self.set_adapter_scale(0)
         try:
-            for layer in scales:
-                layer.scale = 0
             yield
         finally:
-            for layer, scale in scales.items():
-                layer.scale = scale
+            self.set_adapter_scale(before)
 
 class Cache:
     """Keys and values k, v (L, rows, K, M, D) and lengths (rows,), what each row holds. `bound` is a host integer
@@ -293,8 +297,9 @@ def add_lora(model, rank, alpha, targets=None, generator=None):
     for m in dict.fromkeys(linears[n] for names in found.values() for n in names):
         A = torch.empty(rank, m.in_features)  # fp32 on any base; drawn on the CPU, so equal on every device
         m.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator).to(m.weight.device))
-        m.lora_B, m.scale = nn.Parameter(torch.zeros(m.out_features, rank, device=m.weight.device)), alpha / rank
+        m.lora_B = nn.Parameter(torch.zeros(m.out_features, rank, device=m.weight.device))
     model.lora = {"r": rank, "lora_alpha": alpha, "target_modules": list(found)}
+    model.set_adapter_scale(1)
 
 def adapter_state(model):
     """{name in a PEFT file: parameter}: A and B of every layer, the only parameters that train."""

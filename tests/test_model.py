@@ -308,9 +308,10 @@ def test_lora_starts_as_the_base_trains_alone_and_switches_off(pair, dtype):
         assert torch.equal(model(ids), base)
         raise KeyError
     assert torch.equal(model(ids), changed)
-    with model.adapter_off(), model.adapter_off():
-        pass
+    model.set_adapter_scale(1)
     assert torch.equal(model(ids), changed)
+    model.set_adapter_scale(0.5)
+    assert not torch.equal(model(ids), changed) and not torch.equal(model(ids), base)
 
 
 def test_lora_init_depends_on_its_generator_alone(checkpoints):

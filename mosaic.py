@@ -438,7 +438,8 @@ REAL_LIMITS = dict(max_turns=10, turn_tokens=768, room=7168, positions=131_072)
 
 
 class Episode:
-    """One agent in one sandbox. step(text) takes the text of one turn and returns the observations ([]: it has ended).
+    """One agent in one sandbox. step(text, p) takes the text of one turn, and the probability of its gate, and returns
+    the observations ([]: it has ended, or a user message follows, `said`).
 
     An answer ends it, and refusal_tool does too (refusal="replan": only the second time). A malformed turn executes
     nothing and is observed as an error."""
@@ -447,11 +448,10 @@ class Episode:
         self.task, self.refusal, self.opened, rules = task, refusal, opened, task.public
         self.max_turns, self.parallel = rules.get("max_turns", max_turns), rules.get("parallel", parallel)
         self.later, self.said, self.since = iter(rules.get("later", [])), None, 0  # user messages; in turns of the last
-        self.sandbox, self.turns, self.ended, self.refusals = Sandbox(task), [], None, 0
-        self.risky = [self.sandbox.risky()]  # one per turn, decided before the agent takes it
+        self.sandbox, self.turns, self.gates, self.ended, self.refusals = Sandbox(task), [], [], None, 0
 
-    def step(self, text):
-        self.said = None
+    def step(self, text, p=None):
+        self.said, risky = None, self.sandbox.risky()  # decided before the turn has its effect
         try:
             turn = parse_turn(text, self.opened, self.parallel)
         except FormatError as error:
@@ -468,10 +468,9 @@ class Episode:
             elif refused and (self.refusal == "terminal" or self.refusals > 1):
                 self.ended = "refusal"
         self.turns.append(turn)
+        self.gates.append((p, turn is not None and turn.check is not None, risky))
         if self.ended is None and len(self.turns) - self.since == self.max_turns:
             self.ended = "budget" if turn else "malformed"
-        if self.ended is None:
-            self.risky.append(self.sandbox.risky())
         return [] if self.ended else results
 
 
@@ -501,10 +500,6 @@ class Rollout:
         return sum(p >= SAMPLED for p in self.provenance)
 
 
-def _opened(turn):
-    return turn is not None and turn.check is not None
-
-
 def play(task, script, **limits):
     """A model-free episode: script(messages) -> turn text, through the same parser, sandbox and ending."""
     episode, messages = Episode(task, **limits), list(task.messages)
@@ -513,8 +508,7 @@ def play(task, script, **limits):
         results = episode.step(text)
         messages += [{"role": "assistant", "content": text}] + [{"role": "tool", "content": r} for r in results]
         messages += [{"role": "user", "content": episode.said}] * (episode.said is not None)
-    gates = [(None, _opened(t), risky) for t, risky in zip(episode.turns, episode.risky)]
-    return Rollout(task, episode.turns, episode.sandbox, episode.ended, gates)
+    return Rollout(task, episode.turns, episode.sandbox, episode.ended, episode.gates)
 
 
 # ---- the sampler: rows of one KV cache, each an episode of its own ----
@@ -525,7 +519,7 @@ class Row:
     def __init__(self, key, slot, episode, dialogue, root, limit):
         self.key, self.slot, self.episode, self.dialogue, self.root = key, slot, episode, dialogue, root
         self.limit = limit  # of its ids
-        self.logprobs, self.states, self.spans, self.gates, self.pending = [], [], [], [], []
+        self.logprobs, self.states, self.spans, self.pending = [], [], [], []
         self.start, self.gate, self.left = len(dialogue.ids), None, 0
 
     def add(self, token, code, logprob, state, remaining):
@@ -539,9 +533,8 @@ class Row:
     def end_turn(self, tokenizer):
         """Closes the turn and lets the sandbox answer; True while the episode goes on."""
         ids = self.dialogue.ids[self.start:]
-        results = self.episode.step(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]))
+        results = self.episode.step(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]), self.gate)
         self.spans.append((self.start, len(self.dialogue.ids)))
-        self.gates.append((self.gate, _opened(self.episode.turns[-1]), self.episode.risky[len(self.gates)]))
         if ids[-1] not in tokenizer.stop_ids or (self.left == 0 and self.episode.ended):
             self.episode.ended = "budget"  # closed by the budget: not the agent's own ending
         if self.episode.ended is None:
@@ -555,7 +548,7 @@ class Row:
     def rollout(self, tokenizer):
         d, e = self.dialogue, self.episode
         assert len(self.logprobs) == len(self.states) == d.provenance.count(SAMPLED)
-        return Rollout(e.task, e.turns, e.sandbox, e.ended, self.gates, d.ids, d.provenance, self.logprobs, self.states,
+        return Rollout(e.task, e.turns, e.sandbox, e.ended, e.gates, d.ids, d.provenance, self.logprobs, self.states,
                        self.spans, safety_tokens(tokenizer, d.ids, self.spans))
 
 
@@ -571,7 +564,7 @@ class Sampler:
         self.model, self.tokenizer, self.gate, self.refusal, self.watch = model, tokenizer, gate, refusal, watch
         self.strict, self.temperature, self.generator = grammar == "strict", temperature, generator
         self.limits, device = LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
-        parallel = any(task.public.get("parallel") for task in tasks)
+        parallel = all(task.public.get("parallel") for task in tasks)  # else a strict turn could be malformed for one
         # training rebuilds masks from the one Grammar of (tokenizer, device): the cache keys must be the same
         self.grammar = get_grammar(tokenizer, str(device), True) if parallel else get_grammar(tokenizer, str(device))
         prompts = [Dialogue(tokenizer, task.messages, task.offered) for task in tasks]

@@ -495,6 +495,12 @@ def test_broken_checkpoints_are_named(checkpoints, tmp_path):
         fault(*words)
     file.unlink()
     fault("model.safetensors")
+    for shard in sorted(checkpoints["qwen2-sharded"][0].glob("*")):
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    lost = sorted(load_file(second))
+    second.write_bytes(first.read_bytes())  # a shard in another's place
+    fault("missing", lost[0])
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "shard-9.safetensors"}}))
     fault("shard-9.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text("{}")

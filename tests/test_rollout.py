@@ -222,19 +222,53 @@ def test_a_later_user_message_goes_on(base):
         assert r.ended in (scripted.ended, "budget") and scripted.turns == r.turns
 
 
+def test_draws_follow_the_renormalised_distribution(base, monkeypatch):
+    """A sampler that draws from something else than it logs: a temperature applied twice or not at all, noise used
+    twice, a mask that moves probability. 1,200 draws of the first free token, chi-square against the model's own p."""
+    _, model, tokenizer = base
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"max_turns": 1, "turn_tokens": 24, "room": 24})
+    task, generator = data.load("train")[0], torch.Generator().manual_seed(5)
+    rollouts = rollout(model, tokenizer, [task] * 12, 100, temperature=0.7, generator=generator)
+    at = [[i for i, p in enumerate(r.provenance) if p == SAMPLED][1] for r in rollouts]  # the first opens the turn
+    drawn = torch.tensor([r.ids[i] for r, i in zip(rollouts, at)])
+    assert len({*at}) == 1 and len({tuple(r.ids[:at[0]]) for r in rollouts}) == 1
+    with torch.no_grad():
+        logits = model(torch.tensor([rollouts[0].ids[:at[0]]]))[:, -1].float() / 0.7
+    grammar, where = mosaic.get_grammar(tokenizer, "cpu"), [torch.tensor([x]) for x in rollouts[0].states[1]]
+    live = grammar.mask(*where)[0]
+    p = torch.where(live, logits[0].exp(), 0) / logits[0][live].exp().sum()
+    assert torch.allclose(p[drawn].log(), torch.tensor([r.logprobs[1] for r in rollouts]), atol=1e-4)
+    want, seen = len(drawn) * p, torch.bincount(drawn, minlength=len(p)).float()
+    common = want >= 5  # the rest is one bin
+    want, seen = (torch.cat([x[common], x[~common].sum()[None]]) for x in (want, seen))
+    chi, degrees = ((seen - want) ** 2 / want).sum().item(), len(want) - 1
+    assert degrees >= 5 and chi < degrees + 4 * (2 * degrees) ** 0.5, (chi, degrees)
+
+
+def test_parallel_calls_are_live_where_every_task_takes_them(base):
+    """One BFCL task of the parallel category in a batch let strict turns of all others hold two calls: malformed."""
+    _, model, tokenizer = base
+    plain = data.load("train")[0]
+    parallel = replace(plain, public={"parallel": True})
+    for tasks, more in (([plain], False), ([parallel], True), ([plain, parallel], False)):
+        grammar = mosaic.Sampler(model, tokenizer, tasks, [1] * len(tasks)).grammar
+        assert grammar is (mosaic.get_grammar(tokenizer, "cpu", True) if more else mosaic.get_grammar(tokenizer, "cpu"))
+
+
 def test_room_counts_from_the_end_of_each_prompt(base, monkeypatch):
     """A context of fixed length: a long prompt was refused, or ended its neighbours, or was cut off in silence."""
     _, model, tokenizer = base
     short = data.load("train")[0]
-    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 400}])
+    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 100}])
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"max_turns": 2, "turn_tokens": 48})
     alone = rollout(model, tokenizer, [short, long], max_rows=1, temperature=0)
     both = rollout(model, tokenizer, [short, long], temperature=0)
-    assert [r.ids for r in alone] == [r.ids for r in both] and both[1].spans[0][0] > 1200
-    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"room": 97, "positions": 1})
+    assert [r.ids for r in alone] == [r.ids for r in both] and both[1].spans[0][0] > 640
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"room": 49, "positions": 1})
     for r in rollout(model, tokenizer, [short, long], 3):  # a group is sampled together, whatever the cache takes
         assert len(r.turns) == 1 or r.spans[0][1] == r.spans[0][0] + 1
-    monkeypatch.setattr(model.config, "max_position_embeddings", 1000)
-    with pytest.raises(ValueError, match="tokens leaves no room for a turn in the model's 1000 positions"):
+    monkeypatch.setattr(model.config, "max_position_embeddings", 640)
+    with pytest.raises(ValueError, match="tokens leaves no room for a turn in the model's 640 positions"):
         rollout(model, tokenizer, [short, long])
 
 

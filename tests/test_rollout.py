@@ -259,7 +259,7 @@ def test_room_counts_from_the_end_of_each_prompt(base, monkeypatch):
     """A context of fixed length: a long prompt was refused, or ended its neighbours, or was cut off in silence."""
     _, model, tokenizer = base
     short = data.load("train")[0]
-    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 100}])
+    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 200}])
     monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"max_turns": 2, "turn_tokens": 48})
     alone = rollout(model, tokenizer, [short, long], max_rows=1, temperature=0)
     both = rollout(model, tokenizer, [short, long], temperature=0)

@@ -25,7 +25,7 @@ import re
 import sys
 import unicodedata
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
@@ -429,14 +429,16 @@ get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean n
 
 # ---- episodes: an agent's turns meet the sandbox; the same code ends a sampled and a scripted one ----
 
-# All limits in one place [ours]. context: positions of the KV cache; a row without room for a turn ends as "budget"
-# rows: sampled at once, unless max_rows says so; 16 rows of the 7B are 7.5 GB of cache, of Phi-4 26.8 GB
-LIMITS = {"tiny": dict(max_turns=6, turn_tokens=96, context=640, rows=128)}
-REAL_LIMITS = dict(max_turns=10, turn_tokens=768, context=8192, rows=16)
+# All limits in one place [ours]. room: what an episode may add to its prompt; without room for one more turn it ends as
+# "budget". positions: of the KV cache, over all rows (or one group's rows if that is more): as many rows as fit are
+# sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B, 26.8 GB for Phi-4
+LIMITS = {"tiny": dict(max_turns=6, turn_tokens=96, room=560, positions=81_920)}
+REAL_LIMITS = dict(max_turns=10, turn_tokens=768, room=7168, positions=131_072)
 
 
 class Episode:
-    """One agent in one sandbox. step(text) takes the text of one turn and returns the observations ([]: it has ended).
+    """One agent in one sandbox. step(text, p) takes the text of one turn, and the probability of its gate, and returns
+    the observations ([]: it has ended, or a user message follows, `said`).
 
     An answer ends it, and refusal_tool does too (refusal="replan": only the second time). A malformed turn executes
     nothing and is observed as an error."""
@@ -445,11 +447,10 @@ class Episode:
         self.task, self.refusal, self.opened, rules = task, refusal, opened, task.public
         self.max_turns, self.parallel = rules.get("max_turns", max_turns), rules.get("parallel", parallel)
         self.later, self.said, self.since = iter(rules.get("later", [])), None, 0  # user messages; in turns of the last
-        self.sandbox, self.turns, self.ended, self.refusals = Sandbox(task), [], None, 0
-        self.risky = [self.sandbox.risky()]  # one per turn, decided before the agent takes it
+        self.sandbox, self.turns, self.gates, self.ended, self.refusals = Sandbox(task), [], [], None, 0
 
-    def step(self, text):
-        self.said = None
+    def step(self, text, p=None):
+        self.said, risky = None, self.sandbox.risky()  # decided before the turn has its effect
         try:
             turn = parse_turn(text, self.opened, self.parallel)
         except FormatError as error:
@@ -466,10 +467,9 @@ class Episode:
             elif refused and (self.refusal == "terminal" or self.refusals > 1):
                 self.ended = "refusal"
         self.turns.append(turn)
+        self.gates.append((p, turn is not None and turn.check is not None, risky))
         if self.ended is None and len(self.turns) - self.since == self.max_turns:
             self.ended = "budget" if turn else "malformed"
-        if self.ended is None:
-            self.risky.append(self.sandbox.risky())
         return [] if self.ended else results
 
 
@@ -499,10 +499,6 @@ class Rollout:
         return sum(p >= SAMPLED for p in self.provenance)
 
 
-def _opened(turn):
-    return turn is not None and turn.check is not None
-
-
 def play(task, script, **limits):
     """A model-free episode: script(messages) -> turn text, through the same parser, sandbox and ending."""
     episode, messages = Episode(task, **limits), list(task.messages)
@@ -511,8 +507,7 @@ def play(task, script, **limits):
         results = episode.step(text)
         messages += [{"role": "assistant", "content": text}] + [{"role": "tool", "content": r} for r in results]
         messages += [{"role": "user", "content": episode.said}] * (episode.said is not None)
-    gates = [(None, _opened(t), risky) for t, risky in zip(episode.turns, episode.risky)]
-    return Rollout(task, episode.turns, episode.sandbox, episode.ended, gates)
+    return Rollout(task, episode.turns, episode.sandbox, episode.ended, episode.gates)
 
 
 # ---- the sampler: rows of one KV cache, each an episode of its own ----
@@ -521,9 +516,10 @@ class Row:
     """A row of the batch: an episode, its dialogue, and `pending`, the tokens that the cache has not seen yet; state
     and left: the grammar's state in the turn, and the tokens that it may still have."""
 
-    def __init__(self, key, slot, episode, dialogue, root):
+    def __init__(self, key, slot, episode, dialogue, root, limit):
         self.key, self.slot, self.episode, self.dialogue, self.root = key, slot, episode, dialogue, root
-        self.logprobs, self.states, self.spans, self.gates, self.pending = [], [], [], [], []
+        self.limit = limit  # of its ids
+        self.logprobs, self.states, self.spans, self.pending = [], [], [], []
         self.start, self.gate, self.state, self.left = len(dialogue.ids), None, DEAD, 0
 
     def add(self, token, code, state):
@@ -534,14 +530,14 @@ class Row:
     def end_turn(self, tokenizer):
         """Closes the turn and lets the sandbox answer; True while the episode goes on."""
         ids = self.dialogue.ids[self.start:]
-        results = self.episode.step(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]))
+        results = self.episode.step(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]), self.gate)
         self.spans.append((self.start, len(self.dialogue.ids)))
-        self.gates.append((self.gate, _opened(self.episode.turns[-1]), self.episode.risky[len(self.gates)]))
         if ids[-1] not in tokenizer.stop_ids or (self.left == 0 and self.episode.ended):
             self.episode.ended = "budget"  # closed by the budget: not the agent's own ending
         if self.episode.ended is None:
             before = len(self.dialogue.ids)
-            self.dialogue.observe(results) if self.episode.said is None else self.dialogue.user(self.episode.said)
+            said = self.episode.said
+            self.dialogue.observe(*((results,) if said is None else (said, "user")))
             self.pending += self.dialogue.ids[before:]
             self.start, self.gate = len(self.dialogue.ids), None
         return self.episode.ended is None
@@ -549,7 +545,7 @@ class Row:
     def rollout(self, tokenizer):
         d, e = self.dialogue, self.episode
         assert len(self.logprobs) == len(self.states) == d.provenance.count(SAMPLED)
-        return Rollout(e.task, e.turns, e.sandbox, e.ended, self.gates, d.ids, d.provenance, self.logprobs, self.states,
+        return Rollout(e.task, e.turns, e.sandbox, e.ended, e.gates, d.ids, d.provenance, self.logprobs, self.states,
                        self.spans, safety_tokens(tokenizer, d.ids, self.spans))
 
 
@@ -560,57 +556,59 @@ class Sampler:
     is appended as one chunk. Finished rows leave, and waiting tasks take their slots. Rows whose pending part is one
     token decode together; rows with a chunk wait until a quarter of the batch waits with them, or nobody decodes."""
 
-    def __init__(self, model, tokenizer, *, grammar="strict", temperature=1.0, gate="learned", refusal="terminal",
-                 max_rows=None, generator=None, watch=None, limits=None, parallel=False):
-        self.model, self.tokenizer, self.gate, self.refusal = model, tokenizer, gate, refusal
+    def __init__(self, model, tokenizer, tasks, sizes, *, grammar="strict", temperature=1.0, gate="learned",
+                 refusal="terminal", max_rows=None, generator=None, watch=None):
+        self.model, self.tokenizer, self.gate, self.refusal, self.watch = model, tokenizer, gate, refusal, watch
         self.strict, self.temperature, self.generator = grammar == "strict", temperature, generator
-        self.limits, device = limits or LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
-        self.watch, self.max_rows = watch, max_rows or self.limits["rows"]
-        C = model.config.hidden_size
+        self.limits, device = LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
+        parallel = all(task.public.get("parallel") for task in tasks)  # else a strict turn could be malformed for one
         # training rebuilds masks from the one Grammar of (tokenizer, device): the cache keys must be the same
         self.grammar = get_grammar(tokenizer, str(device), True) if parallel else get_grammar(tokenizer, str(device))
-        self.cache = Cache(model.config, self.max_rows, self.limits["context"], device, model.dtype)
+        prompts = [Dialogue(tokenizer, task.messages, task.offered) for task in tasks]
+        self.queue = [*zip(tasks, prompts, sizes, accumulate(sizes, initial=0))][::-1]  # last: key of its first rollout
+        longest, most = max((len(p.ids) for p in prompts), default=0), model.config.max_position_embeddings
+        if longest + self.limits["turn_tokens"] > most:  # said before anything is sampled
+            raise ValueError(f"a prompt of {longest} tokens leaves no room for a turn in the model's {most} positions")
+        context = min(longest + self.limits["room"], most)
+        rows = max_rows or self.limits["positions"] // context
+        self.max_rows = max(1, min(rows, sum(sizes)), *sizes)
+        self.cache = Cache(model.config, self.max_rows, context, device, model.dtype)
         self.rows, self.done, self.device = [], {}, device
+        C = model.config.hidden_size
         self.last = torch.zeros(self.max_rows, C, device=device, dtype=model.dtype)  # (B, C): to sample from
 
-    def run(self, tasks, group_size=1):
-        """tasks -> list of Rollouts, task-major; group_size: one for all tasks, or a list of one each."""
-        sizes = group_size if isinstance(group_size, list) else [group_size] * len(tasks)
-        if max(sizes, default=0) > self.max_rows:
-            raise ValueError(f"a group of {max(sizes)} exceeds the {self.max_rows} rows of the batch: raise max_rows")
-        queue = [(task, n, sum(sizes[:i])) for i, (task, n) in enumerate(zip(tasks, sizes))][::-1]
-        while queue or self.rows:
-            self.admit(queue)
+    def run(self):
+        """-> list of Rollouts, task-major."""
+        while self.queue or self.rows:
+            self.admit()
             if ready := [r for r in self.rows if not r.pending]:
                 self.sample(ready)
                 self.finish_turns(ready)
             self.forward()
-        return [self.done[i] for i in range(sum(sizes))]
+        return [self.done[i] for i in range(len(self.done))]
 
-    def admit(self, queue):
+    def admit(self):
         """Prefills as many waiting prompts as there are free slots for their groups, and forks each to its group."""
         new, free = [], self.max_rows - len(self.rows)
-        while queue and queue[-1][1] <= free:
-            new.append(queue.pop())
-            free -= new[-1][1]
+        while self.queue and self.queue[-1][2] <= free:
+            new.append(self.queue.pop())
+            free -= new[-1][2]
         if not new:
             return
-        prompts = [Dialogue(self.tokenizer, task.messages, task.offered) for task, _, _ in new]
-        lengths = [len(p.ids) for p in prompts]
+        lengths = [len(prompt.ids) for _, prompt, _, _ in new]
         width = max(lengths)
-        if width + self.limits["turn_tokens"] > self.limits["context"]:
-            raise ValueError(f"a prompt of {width} tokens leaves no room in a context of {self.limits['context']}")
-        ids = torch.tensor([p.ids + [0] * (width - len(p.ids)) for p in prompts], device=self.device)
+        ids = torch.tensor([p.ids + [0] * (width - len(p.ids)) for _, p, _, _ in new], device=self.device)
         prefill = Cache(self.model.config, len(new), width, self.device, self.model.dtype)
         hidden = self.model.hidden(ids, prefill, torch.tensor(lengths, device=self.device))  # (tasks, P, C)
-        for j, (task, n, key) in enumerate(new):
+        for j, (task, prompt, n, key) in enumerate(new):
             slots = list(range(len(self.rows), len(self.rows) + n))
             self.cache.copy(j, slots, prefill)
             self.last[slots] = hidden[j, lengths[j] - 1]
             root = self.grammar.names([tool.name for tool in task.offered])
             for g, slot in enumerate(slots):
-                episode = Episode(task, self.refusal, prompts[j].opened, self.limits["max_turns"])
-                self.rows.append(Row(key + g, slot, episode, prompts[j].fork(), root))
+                episode = Episode(task, self.refusal, prompt.opened, self.limits["max_turns"])
+                limit = min(lengths[j] + self.limits["room"], self.model.config.max_position_embeddings)
+                self.rows.append(Row(key + g, slot, episode, prompt.fork(), root, limit))
                 self.begin_turn(self.rows[-1])
 
     def begin_turn(self, row):
@@ -646,7 +644,7 @@ class Sampler:
                 self.watch(row.pending)
             if row.dialogue.ids[-1] in self.tokenizer.stop_ids or row.left == 0:
                 before, going = len(row.dialogue.ids), row.end_turn(self.tokenizer)
-                if going and len(row.dialogue.ids) + self.limits["turn_tokens"] > self.limits["context"]:
+                if going and len(row.dialogue.ids) + self.limits["turn_tokens"] > row.limit:
                     row.episode.ended, going = "budget", False
                 if self.watch:
                     self.watch(row.dialogue.ids[before:])
@@ -681,25 +679,21 @@ class Sampler:
 
 @torch.no_grad()
 def rollout(model, tokenizer, tasks, group_size=1, **options):
-    """Samples group_size trajectories of every task (options: see Sampler) -> list of Rollouts, task-major."""
-    options["parallel"] = any(task.public.get("parallel") for task in tasks)
-    if tokenizer.family == "tiny" and any(task.public for task in tasks):
-        longest = max(len(Dialogue(tokenizer, task.messages, task.offered).ids) for task in tasks)
-        options |= {"limits": LIMITS["tiny"] | {"context": LIMITS["tiny"]["context"] + longest}, "max_rows": 16}
-    return Sampler(model, tokenizer, **options).run(tasks, group_size)
+    """Samples group_size (one for all, or a list) trajectories of every task -> list of Rollouts, task-major; options:
+    see Sampler. ValueError: a prompt that fills the model's positions."""
+    sizes = group_size if isinstance(group_size, list) else [group_size] * len(tasks)
+    return Sampler(model, tokenizer, tasks, sizes, **options).run()
 
 
 def safety_tokens(tokenizer, ids, spans):
-    """How many of the agent's tokens lie in <safety_thoughts> ... </safety_thoughts>, tags included; found by bytes, so
+    """How many of the agent's tokens touch <safety_thoughts> ... </safety_thoughts>, tags included; found by bytes, so
     that it holds whether a tag is one token or several."""
     total = 0
     for start, end in spans:
         pieces = [tokenizer.token_bytes[i] for i in ids[start:end]]
-        first, last = (b"".join(pieces).find(tag) for tag in (b"<safety_thoughts>", b"</safety_thoughts>"))
-        offset = 0
-        for piece in pieces:
-            total += 0 <= first < offset + len(piece) and offset < last + len(b"</safety_thoughts>")
-            offset += len(piece)
+        if found := re.search(rb"<safety_thoughts>.*?</safety_thoughts>", b"".join(pieces), re.S):
+            ends = [*accumulate(map(len, pieces))]
+            total += sum(a < found.end() and b > found.start() for a, b in zip([0, *ends], ends))
     return total
 
 

@@ -37,7 +37,7 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</
 CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_family": "tiny", "hidden_size": 128,
           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 352,
           "vocab_size": 1024, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-          "max_position_embeddings": 2048, "hidden_act": "silu", "torch_dtype": "float32",
+          "max_position_embeddings": 16384, "hidden_act": "silu", "torch_dtype": "float32",
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as BPE
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -137,10 +138,11 @@ class Block(nn.Module):
         q, k = (y * cos + y.roll(D // 2, -1) * sin for y in (q.transpose(1, 2), k.transpose(1, 2)))  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
-        if cache is None or cache.mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+        mask = None if cache is None else cache.mask
+        if mask is None or mask.shape[2] == T:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
         else:  # the H / K query heads of a kv head become H / K * T queries of one: k and v are not copied for each
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, attn_mask=cache.mask)
+            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, mask)
         return m.o_proj(y.view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D))
 
     def forward(self, x, cos, sin, cache):
@@ -178,8 +180,9 @@ class Transformer(nn.Module):
 
     def hidden(self, ids, cache=None, lengths=None, rows=None):
         """ids (B, T) -> (B, T, C) after the final norm. Without a cache: causal; rows are right-padded, and no padding
-        reaches a real token. With one: row i is cache row rows[i] (None: the first B rows, in place); its token t is
-        at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are real (None: T; 0: it waits)."""
+        reaches a real token. With a Tree in its place: see there. With one: row i is cache row rows[i] (None: the first
+        B rows, in place); its token t is at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are
+        real (None: T; 0: it waits)."""
         x = self.model.embed_tokens(ids)  # (B, T, C)
         at = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.begin(ids, lengths, rows)
         self.inv_freq = self.inv_freq.to(ids.device)
@@ -188,8 +191,6 @@ class Transformer(nn.Module):
         recompute = self.recompute and torch.is_grad_enabled()
         for block in self.model.layers:
             x = checkpoint(block, x, cos, sin, cache, **RECOMPUTE) if recompute else block(x, cos, sin, cache)
-        if cache is not None:
-            cache.lengths[cache.rows] = cache.ends
         return self.model.norm(x)
 
     def head(self, h):
@@ -246,7 +247,8 @@ class Cache:
         self.mask = None  # an empty cache: the chunk sees only itself, and is_causal does it
         if not empty:  # is_causal would align the triangle to the upper left; token t of a row sees S <= lengths + t
             seen = torch.arange(self.span, device=device) <= at[:, :, None]  # (B, T, S)
-            self.mask = seen.repeat(1, self.group, 1)[:, None]  # (B, 1, H / K * T, S), see Attention
+            self.mask = as_bias(seen.repeat(1, self.group, 1), self.k.dtype)  # (B, 1, H / K * T, S), see attention
+        self.lengths[self.rows] = self.ends
         return at
 
     def extend(self, layer, k, v):
@@ -265,12 +267,38 @@ class Cache:
         self.lengths[dst] = source.lengths[[src]]
         self.bound = max(self.bound, source.bound)
 
-def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=1024):
+class Tree:
+    """Stands in a cache's place where rows would repeat a prompt: row b holds the prompt once and then each of its
+    completions, so a group costs P + G R tokens, not G (P + R). parts: a list a row of lengths, the prompt's first.
+    Values and gradients are those of separate rows. before (B, T): the token that predicts each."""
+
+    def __init__(self, parts, device=None, dtype=None):
+        part, at = (pad_sequence([torch.cat([torch.as_tensor(token(row, i)).expand(n) for i, n in enumerate(row)])
+                                  for row in parts], True, -1).to(device)  # (B, T), -1: padding, sees itself alone
+                    for token in (lambda row, i: i, lambda row, i: row[0] * (i > 0) + torch.arange(row[i])))
+        prompt = torch.tensor([row[0] for row in parts], device=device)[:, None]
+        self.before = torch.where((part > 0) & (at == prompt), prompt, torch.arange(at.shape[1], device=device)) - 1
+        seen = (part[:, None] == part[:, :, None]) | (part[:, None] == 0)
+        self.at, self.mask = at, as_bias(seen & (at[:, None] <= at[:, :, None]), dtype)  # (B, T), (B, 1, T, T)
+
+    def begin(self, ids, lengths, rows):
+        return self.at
+
+    def extend(self, layer, k, v):
+        return k, v
+
+def as_bias(seen, dtype):
+    """seen (B, T, S) bool -> (B, 1, T, S) to add to scores: once a forward; SDPA would do it in each layer."""
+    return torch.zeros(seen.shape, device=seen.device, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
+
+def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=1024, tree=None):
     """log p(ids[b, t] | ids[b, :t]) where mask (B, T) is True -> (N,) fp32, row-major.
     constrain(logits (n, V), index (n,)) -> logits, after the temperature: the grammar's mask, the gate's bias; index
     counts within the N. Only `chunk` rows of logits exist at a time, so neither (B, T, V) nor (N, V) is ever held."""
     assert not mask[:, 0].any(), "nothing comes before the first token: mask[:, 0] must be False"
-    h, targets = model.hidden(ids)[:, :-1][mask[:, 1:]], ids[mask]  # (N, C), (N,): position t - 1 predicts token t
+    row, t = mask.nonzero(as_tuple=True)
+    before = t - 1 if tree is None else tree.before[row, t]
+    h, targets = model.hidden(ids, tree)[row, before], ids[row, t]  # (N, C), (N,)
 
     def piece(h, targets, index):
         logits = model.head(h).float() / temperature  # (n, V)

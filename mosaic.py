@@ -25,13 +25,14 @@ import re
 import sys
 import unicodedata
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from model import Cache, load, load_adapter, token_logprobs
+from model import Cache, Tree, load, load_adapter, token_logprobs
 from tools import Sandbox, Tool, refusal_tool
 
 # ---- Templates: messages and tools as text ----
@@ -306,7 +307,8 @@ def _moves(words):
 
 
 class Grammar:
-    """Strict turns as tables beside the logits. S states, V rows of the model's vocabulary; cold 1.5 s at V = 152,064.
+    """Strict turns as tables: masks live beside the logits, states on the host, where a sampled token has to go anyway.
+    S states, V rows of the model's vocabulary; cold 1.5 s at V = 152,064.
 
     next_state (S + 1, V) int16, -1 = not live; to_end (S + 1,): fewest tokens to the end, stop token included, by way
     of refusal_tool if it has to be a call; last rows: DEAD. States from S on are nodes of a pool of name tries,
@@ -328,8 +330,8 @@ class Grammar:
         alone = np.where(counts[:, 0] == self.V - 1, table.argmax(1), -1)
         barred = {i for c, i in tokenizer.added.items() if c.strip("</>") not in TAGS[:4]} - set(tokenizer.stop_ids)
         free = [bool(word) and i not in barred for i, word in enumerate(tokenizer.token_bytes)]
-        self.next_state, self.to_end, self.alone, self.free_mask = (
-            torch.tensor(x, device=device) for x in (table, to_end, alone, free))
+        self.next_state, self.to_end, self.free_mask = (torch.tensor(x, device=device) for x in (table, to_end, free))
+        self._table, self._alone = table, alone.tolist()
         self._roots, self._nodes, self._pool = {}, [], None
 
     def _compile(self, parallel):
@@ -381,33 +383,31 @@ class Grammar:
             node.append((token, *(self._grow(rest) if rest[0] else (JSON, self.to_end[JSON].item()))))
         return state, 1 + min(cost for _, _, cost in node)
 
-    def _look(self, states):
-        """-> rows in the tables (B,); which states are in the pool instead (B, 1); tokens, next, costs there (B, W)."""
-        if self._pool is None:  # (N, W, 3), made again after a new trie; a node of fewer children repeats its first
-            width = max(map(len, self._nodes))
-            self._pool = torch.tensor([n + n[:1] * (width - len(n)) for n in self._nodes], device=self.device)
-        named = states >= self.S
-        return states.masked_fill(named, DEAD), named[:, None], *self._pool[(states - self.S).clamp(min=0)].unbind(-1)
-
     def mask(self, states, roots, remaining):
         """Live tokens (B, V) bool. states, roots, remaining: (B,) int64; remaining counts the token being chosen, and a
         token is live if the end can be reached with those that then remain. Rows DEAD or .final have none."""
-        row, named, ids, _, cost = self._look(states)
-        live = self.to_end[self.next_state[row].long()] < remaining[:, None]  # (B, V)
-        return live.scatter(1, ids, torch.where(named, cost < remaining[:, None], live.gather(1, ids)))
+        if self._pool is None:  # (N, W, 2), made again after a new trie; a node of fewer children repeats its first
+            width = max(map(len, self._nodes))
+            pool = [[(token, cost) for token, _, cost in n + n[:1] * (width - len(n))] for n in self._nodes]
+            self._pool = torch.tensor(pool, device=self.device)
+        named = states >= self.S
+        live = self.to_end[self.next_state[states.masked_fill(named, DEAD)].int()] < remaining[:, None]  # (B, V)
+        ids, cost = self._pool[(states - self.S).clamp(min=0)].unbind(-1)  # (B, W)
+        return live.scatter(1, ids, torch.where(named[:, None], cost < remaining[:, None], live.gather(1, ids)))
 
-    def step(self, states, roots, tokens):
-        """(B,) int64 each -> next states (B,). A token that is not live gives DEAD, and so does any after that."""
-        row, named, ids, following, _ = self._look(states)
-        after = self.next_state[row, tokens].long()
-        child = torch.where(ids == tokens[:, None], following, DEAD).amax(1)
-        return torch.where(named[:, 0], child, torch.where(after == CALL, roots, after))
+    def step(self, state, root, token):
+        """-> the next state (all int, on the host). A token that is not live gives DEAD, and so does any after that."""
+        if state >= self.S:
+            return next((after for child, after, _ in self._nodes[state - self.S] if child == token), DEAD)
+        after = int(self._table[state, token])
+        return root if after == CALL else after
 
-    def forced(self, states, roots):
-        """The one live token (B,) of states that have just one, whatever the budget; -1 elsewhere."""
-        row, named, ids, _, _ = self._look(states)
-        child = torch.where((ids == ids[:, :1]).all(1), ids[:, 0], -1)
-        return torch.where(named[:, 0], child, self.alone[row])
+    def forced(self, state):
+        """The one live token of a state that has just one, whatever the budget; -1 elsewhere."""
+        if state < self.S:
+            return self._alone[state]
+        children = self._nodes[state - self.S]
+        return children[0][0] if len(children) == 1 else -1
 
     def constrain(self, logits, states, roots, remaining, gate="learned", strict=True):
         """Logits (B, V) fp32 -> those that are sampled from and that training recomputes: -inf where not live. gate:
@@ -419,10 +419,9 @@ class Grammar:
         logits[:, self.safety_token] += bias * (states == self.gate_state)
         return logits
 
-    def gate_p(self, logits, states):
-        """Probability of a check (B,) fp32 under constrained logits; nan in any other state than the gate."""
-        p = (logits[:, self.safety_token].float() - logits.float().logsumexp(1)).exp()
-        return p.masked_fill(states != self.gate_state, torch.nan)
+    def gate_p(self, logprobs, states):
+        """Probability of a check (B,) under logprobs of constrained logits; nan in any other state than the gate."""
+        return logprobs[:, self.safety_token].exp().masked_fill(states != self.gate_state, torch.nan)
 
 
 get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean nothing to another Grammar
@@ -430,14 +429,16 @@ get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean n
 
 # ---- episodes: an agent's turns meet the sandbox; the same code ends a sampled and a scripted one ----
 
-# All limits in one place [ours]. context: positions of the KV cache; a row without room for a turn ends as "budget"
-# rows: sampled at once, unless max_rows says so; 16 rows of the 7B are 7.5 GB of cache, of Phi-4 26.8 GB
-LIMITS = {"tiny": dict(max_turns=6, turn_tokens=96, context=640, rows=128)}
-REAL_LIMITS = dict(max_turns=10, turn_tokens=768, context=8192, rows=16)
+# All limits in one place [ours]. room: what an episode may add to its prompt; without room for one more turn it ends as
+# "budget". positions: of the KV cache, over all rows (or one group's rows if that is more): as many rows as fit are
+# sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B, 26.8 GB for Phi-4
+LIMITS = {"tiny": dict(max_turns=6, turn_tokens=96, room=560, positions=81_920)}
+REAL_LIMITS = dict(max_turns=10, turn_tokens=768, room=7168, positions=131_072)
 
 
 class Episode:
-    """One agent in one sandbox. step(text) takes the text of one turn and returns the observations ([]: it has ended).
+    """One agent in one sandbox. step(text, p) takes the text of one turn, and the probability of its gate, and returns
+    the observations ([]: it has ended, or a user message follows, `said`).
 
     An answer ends it, and refusal_tool does too (refusal="replan": only the second time). A malformed turn executes
     nothing and is observed as an error."""
@@ -446,11 +447,10 @@ class Episode:
         self.task, self.refusal, self.opened, rules = task, refusal, opened, task.public
         self.max_turns, self.parallel = rules.get("max_turns", max_turns), rules.get("parallel", parallel)
         self.later, self.said, self.since = iter(rules.get("later", [])), None, 0  # user messages; in turns of the last
-        self.sandbox, self.turns, self.ended, self.refusals = Sandbox(task), [], None, 0
-        self.risky = [self.sandbox.risky()]  # one per turn, decided before the agent takes it
+        self.sandbox, self.turns, self.gates, self.ended, self.refusals = Sandbox(task), [], [], None, 0
 
-    def step(self, text):
-        self.said = None
+    def step(self, text, p=None):
+        self.said, risky = None, self.sandbox.risky()  # decided before the turn has its effect
         try:
             turn = parse_turn(text, self.opened, self.parallel)
         except FormatError as error:
@@ -467,10 +467,9 @@ class Episode:
             elif refused and (self.refusal == "terminal" or self.refusals > 1):
                 self.ended = "refusal"
         self.turns.append(turn)
+        self.gates.append((p, turn is not None and turn.check is not None, risky))
         if self.ended is None and len(self.turns) - self.since == self.max_turns:
             self.ended = "budget" if turn else "malformed"
-        if self.ended is None:
-            self.risky.append(self.sandbox.risky())
         return [] if self.ended else results
 
 
@@ -500,10 +499,6 @@ class Rollout:
         return sum(p >= SAMPLED for p in self.provenance)
 
 
-def _opened(turn):
-    return turn is not None and turn.check is not None
-
-
 def play(task, script, **limits):
     """A model-free episode: script(messages) -> turn text, through the same parser, sandbox and ending."""
     episode, messages = Episode(task, **limits), list(task.messages)
@@ -512,39 +507,37 @@ def play(task, script, **limits):
         results = episode.step(text)
         messages += [{"role": "assistant", "content": text}] + [{"role": "tool", "content": r} for r in results]
         messages += [{"role": "user", "content": episode.said}] * (episode.said is not None)
-    gates = [(None, _opened(t), risky) for t, risky in zip(episode.turns, episode.risky)]
-    return Rollout(task, episode.turns, episode.sandbox, episode.ended, gates)
+    return Rollout(task, episode.turns, episode.sandbox, episode.ended, episode.gates)
 
 
 # ---- the sampler: rows of one KV cache, each an episode of its own ----
 
 class Row:
-    """A row of the batch: an episode, its dialogue, and `pending`, the tokens that the cache has not seen yet."""
+    """A row of the batch: an episode, its dialogue, and `pending`, the tokens that the cache has not seen yet; state
+    and left: the grammar's state in the turn, and the tokens that it may still have."""
 
-    def __init__(self, key, slot, episode, dialogue, root):
+    def __init__(self, key, slot, episode, dialogue, root, limit):
         self.key, self.slot, self.episode, self.dialogue, self.root = key, slot, episode, dialogue, root
-        self.logprobs, self.states, self.spans, self.gates, self.pending = [], [], [], [], []
-        self.start, self.gate, self.left = len(dialogue.ids), None, 0
+        self.limit = limit  # of its ids
+        self.logprobs, self.states, self.spans, self.pending = [], [], [], []
+        self.start, self.gate, self.state, self.left = len(dialogue.ids), None, DEAD, 0
 
-    def add(self, token, code, logprob, state, remaining):
+    def add(self, token, code, state):
         self.dialogue.sampled([token], [code])
         self.pending.append(token)
-        self.left = remaining - 1
-        if code == SAMPLED:
-            self.logprobs.append(logprob)
-            self.states.append((state, self.root, remaining))
+        self.state, self.left = state, self.left - 1
 
     def end_turn(self, tokenizer):
         """Closes the turn and lets the sandbox answer; True while the episode goes on."""
         ids = self.dialogue.ids[self.start:]
-        results = self.episode.step(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]))
+        results = self.episode.step(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]), self.gate)
         self.spans.append((self.start, len(self.dialogue.ids)))
-        self.gates.append((self.gate, _opened(self.episode.turns[-1]), self.episode.risky[len(self.gates)]))
         if ids[-1] not in tokenizer.stop_ids or (self.left == 0 and self.episode.ended):
             self.episode.ended = "budget"  # closed by the budget: not the agent's own ending
         if self.episode.ended is None:
             before = len(self.dialogue.ids)
-            self.dialogue.observe(results) if self.episode.said is None else self.dialogue.user(self.episode.said)
+            said = self.episode.said
+            self.dialogue.observe(*((results,) if said is None else (said, "user")))
             self.pending += self.dialogue.ids[before:]
             self.start, self.gate = len(self.dialogue.ids), None
         return self.episode.ended is None
@@ -552,7 +545,7 @@ class Row:
     def rollout(self, tokenizer):
         d, e = self.dialogue, self.episode
         assert len(self.logprobs) == len(self.states) == d.provenance.count(SAMPLED)
-        return Rollout(e.task, e.turns, e.sandbox, e.ended, self.gates, d.ids, d.provenance, self.logprobs, self.states,
+        return Rollout(e.task, e.turns, e.sandbox, e.ended, e.gates, d.ids, d.provenance, self.logprobs, self.states,
                        self.spans, safety_tokens(tokenizer, d.ids, self.spans))
 
 
@@ -563,91 +556,86 @@ class Sampler:
     is appended as one chunk. Finished rows leave, and waiting tasks take their slots. Rows whose pending part is one
     token decode together; rows with a chunk wait until a quarter of the batch waits with them, or nobody decodes."""
 
-    def __init__(self, model, tokenizer, *, grammar="strict", temperature=1.0, gate="learned", refusal="terminal",
-                 max_rows=None, generator=None, watch=None, limits=None, parallel=False):
-        self.model, self.tokenizer, self.gate, self.refusal = model, tokenizer, gate, refusal
+    def __init__(self, model, tokenizer, tasks, sizes, *, grammar="strict", temperature=1.0, gate="learned",
+                 refusal="terminal", max_rows=None, generator=None, watch=None):
+        self.model, self.tokenizer, self.gate, self.refusal, self.watch = model, tokenizer, gate, refusal, watch
         self.strict, self.temperature, self.generator = grammar == "strict", temperature, generator
-        self.limits, device = limits or LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
-        self.watch, self.max_rows = watch, max_rows or self.limits["rows"]
-        C = model.config.hidden_size
+        self.limits, device = LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
+        parallel = all(task.public.get("parallel") for task in tasks)  # else a strict turn could be malformed for one
         # training rebuilds masks from the one Grammar of (tokenizer, device): the cache keys must be the same
         self.grammar = get_grammar(tokenizer, str(device), True) if parallel else get_grammar(tokenizer, str(device))
-        self.cache = Cache(model.config, self.max_rows, self.limits["context"], device, model.dtype)
+        prompts = [Dialogue(tokenizer, task.messages, task.offered) for task in tasks]
+        self.queue = [*zip(tasks, prompts, sizes, accumulate(sizes, initial=0))][::-1]  # last: key of its first rollout
+        longest, most = max((len(p.ids) for p in prompts), default=0), model.config.max_position_embeddings
+        if longest + self.limits["turn_tokens"] > most:  # said before anything is sampled
+            raise ValueError(f"a prompt of {longest} tokens leaves no room for a turn in the model's {most} positions")
+        context = min(longest + self.limits["room"], most)
+        rows = max_rows or self.limits["positions"] // context
+        self.max_rows = max(1, min(rows, sum(sizes)), *sizes)
+        self.cache = Cache(model.config, self.max_rows, context, device, model.dtype)
         self.rows, self.done, self.device = [], {}, device
+        C = model.config.hidden_size
         self.last = torch.zeros(self.max_rows, C, device=device, dtype=model.dtype)  # (B, C): to sample from
-        self.states, self.roots, self.remaining = torch.full((3, self.max_rows), DEAD, device=device)
 
-    def run(self, tasks, group_size=1):
-        """tasks -> list of Rollouts, task-major; group_size: one for all tasks, or a list of one each."""
-        sizes = group_size if isinstance(group_size, list) else [group_size] * len(tasks)
-        if max(sizes, default=0) > self.max_rows:
-            raise ValueError(f"a group of {max(sizes)} exceeds the {self.max_rows} rows of the batch: raise max_rows")
-        queue = [(task, n, sum(sizes[:i])) for i, (task, n) in enumerate(zip(tasks, sizes))][::-1]
-        while queue or self.rows:
-            self.admit(queue)
+    def run(self):
+        """-> list of Rollouts, task-major."""
+        while self.queue or self.rows:
+            self.admit()
             if ready := [r for r in self.rows if not r.pending]:
                 self.sample(ready)
                 self.finish_turns(ready)
             self.forward()
-        return [self.done[i] for i in range(sum(sizes))]
+        return [self.done[i] for i in range(len(self.done))]
 
-    def admit(self, queue):
+    def admit(self):
         """Prefills as many waiting prompts as there are free slots for their groups, and forks each to its group."""
         new, free = [], self.max_rows - len(self.rows)
-        while queue and queue[-1][1] <= free:
-            new.append(queue.pop())
-            free -= new[-1][1]
+        while self.queue and self.queue[-1][2] <= free:
+            new.append(self.queue.pop())
+            free -= new[-1][2]
         if not new:
             return
-        prompts = [Dialogue(self.tokenizer, task.messages, task.offered) for task, _, _ in new]
-        lengths = [len(p.ids) for p in prompts]
+        lengths = [len(prompt.ids) for _, prompt, _, _ in new]
         width = max(lengths)
-        if width + self.limits["turn_tokens"] > self.limits["context"]:
-            raise ValueError(f"a prompt of {width} tokens leaves no room in a context of {self.limits['context']}")
-        ids = torch.tensor([p.ids + [0] * (width - len(p.ids)) for p in prompts], device=self.device)
+        ids = torch.tensor([p.ids + [0] * (width - len(p.ids)) for _, p, _, _ in new], device=self.device)
         prefill = Cache(self.model.config, len(new), width, self.device, self.model.dtype)
         hidden = self.model.hidden(ids, prefill, torch.tensor(lengths, device=self.device))  # (tasks, P, C)
-        for j, (task, n, key) in enumerate(new):
+        for j, (task, prompt, n, key) in enumerate(new):
             slots = list(range(len(self.rows), len(self.rows) + n))
             self.cache.copy(j, slots, prefill)
             self.last[slots] = hidden[j, lengths[j] - 1]
             root = self.grammar.names([tool.name for tool in task.offered])
             for g, slot in enumerate(slots):
-                episode = Episode(task, self.refusal, prompts[j].opened, self.limits["max_turns"])
-                self.rows.append(Row(key + g, slot, episode, prompts[j].fork(), root))
+                episode = Episode(task, self.refusal, prompt.opened, self.limits["max_turns"])
+                limit = min(lengths[j] + self.limits["room"], self.model.config.max_position_embeddings)
+                self.rows.append(Row(key + g, slot, episode, prompt.fork(), root, limit))
                 self.begin_turn(self.rows[-1])
 
     def begin_turn(self, row):
-        self.states[row.slot], self.roots[row.slot] = self.grammar.start, row.root
-        self.remaining[row.slot] = self.limits["turn_tokens"]
+        row.state, row.left = self.grammar.start, self.limits["turn_tokens"]
 
     def sample(self, ready):
         """One token for every ready row, and every token that the grammar then forces."""
-        at = torch.tensor([r.slot for r in ready], device=self.device)
-        logits = self.model.head(self.last[at]).float() / (self.temperature or 1.0)  # (B, V)
-        states, roots, remaining = self.states[at], self.roots[at], self.remaining[at]
-        learned = self.grammar.constrain(logits, states, roots, remaining, strict=self.strict)
-        gate_p = self.grammar.gate_p(learned, states)  # (B,), the model's own p; NaN away from the gate
-        logits = learned if self.gate == "learned" else self.grammar.constrain(
-            logits, states, roots, remaining, self.gate, self.strict)
-        logprobs = torch.log_softmax(logits, -1)
-        if self.temperature:  # argmax(p / Exp(1)) is a draw from p, without a host round trip
-            tokens = (logprobs.exp() / torch.empty_like(logprobs).exponential_(generator=self.generator)).argmax(-1)
+        where = torch.tensor([(r.slot, r.state, r.root, r.left) for r in ready], device=self.device).T
+        slots, *where = where  # (B,), three times (B,): state, root, left
+        logits = self.model.head(self.last[slots]).float() / (self.temperature or 1.0)  # (B, V)
+        learned = torch.log_softmax(self.grammar.constrain(logits, *where, strict=self.strict), -1)
+        gate_p = self.grammar.gate_p(learned, where[0])  # (B,), the model's own p; NaN away from the gate
+        logprobs = learned if self.gate == "learned" else torch.log_softmax(
+            self.grammar.constrain(logits, *where, self.gate, self.strict), -1)
+        if self.temperature:  # argmax(p / Exp(1)) is a draw from p; -log(u) is 5 times faster than exponential_()
+            u = torch.rand(logprobs.shape, generator=self.generator, device=self.device)
+            tokens = (logprobs.exp() / -u.log_()).argmax(-1)
         else:
             tokens = logprobs.argmax(-1)
-        drawn = [(tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), states, remaining, SAMPLED)]
-        states, remaining = self.grammar.step(states, roots, tokens), remaining - 1
-        while self.strict and ((forced := self.grammar.forced(states, roots)) >= 0).any():
-            drawn.append((forced, drawn[0][1], states, remaining, FORCED))
-            states = torch.where(forced >= 0, self.grammar.step(states, roots, forced.clamp(min=0)), states)
-            remaining = remaining - (forced >= 0).long()
-        self.states[at], self.remaining[at] = states, remaining
-        for *columns, code in drawn:
-            for row, token, logprob, state, left in zip(ready, *(c.tolist() for c in columns)):
-                if token >= 0:
-                    row.add(token, code, logprob, state, left)
-        for row, p in zip(ready, gate_p.tolist()):
+        drawn = logprobs.gather(1, tokens[:, None])[:, 0]
+        for row, token, logprob, p in zip(ready, tokens.tolist(), drawn.tolist(), gate_p.tolist()):  # the one wait
+            row.logprobs.append(logprob)
+            row.states.append((row.state, row.root, row.left))
             row.gate = p if p == p else row.gate
+            row.add(token, SAMPLED, self.grammar.step(row.state, row.root, token))
+            while self.strict and (token := self.grammar.forced(row.state)) >= 0:
+                row.add(token, FORCED, self.grammar.step(row.state, row.root, token))
 
     def finish_turns(self, ready):
         leaving = []
@@ -656,7 +644,7 @@ class Sampler:
                 self.watch(row.pending)
             if row.dialogue.ids[-1] in self.tokenizer.stop_ids or row.left == 0:
                 before, going = len(row.dialogue.ids), row.end_turn(self.tokenizer)
-                if going and len(row.dialogue.ids) + self.limits["turn_tokens"] > self.limits["context"]:
+                if going and len(row.dialogue.ids) + self.limits["turn_tokens"] > row.limit:
                     row.episode.ended, going = "budget", False
                 if self.watch:
                     self.watch(row.dialogue.ids[before:])
@@ -665,8 +653,7 @@ class Sampler:
             self.done[row.key], last = row.rollout(self.tokenizer), self.rows.pop()
             if last is not row:
                 self.cache.copy(last.slot, [row.slot])
-                for buffer in (self.last, self.states, self.roots, self.remaining):
-                    buffer[row.slot] = buffer[last.slot]
+                self.last[row.slot] = self.last[last.slot]
                 last.slot, self.rows[row.slot] = row.slot, last
 
     def forward(self):
@@ -692,25 +679,21 @@ class Sampler:
 
 @torch.no_grad()
 def rollout(model, tokenizer, tasks, group_size=1, **options):
-    """Samples group_size trajectories of every task (options: see Sampler) -> list of Rollouts, task-major."""
-    options["parallel"] = any(task.public.get("parallel") for task in tasks)
-    if tokenizer.family == "tiny" and any(task.public for task in tasks):
-        longest = max(len(Dialogue(tokenizer, task.messages, task.offered).ids) for task in tasks)
-        options |= {"limits": LIMITS["tiny"] | {"context": LIMITS["tiny"]["context"] + longest}, "max_rows": 16}
-    return Sampler(model, tokenizer, **options).run(tasks, group_size)
+    """Samples group_size (one for all, or a list) trajectories of every task -> list of Rollouts, task-major; options:
+    see Sampler. ValueError: a prompt that fills the model's positions."""
+    sizes = group_size if isinstance(group_size, list) else [group_size] * len(tasks)
+    return Sampler(model, tokenizer, tasks, sizes, **options).run()
 
 
 def safety_tokens(tokenizer, ids, spans):
-    """How many of the agent's tokens lie in <safety_thoughts> ... </safety_thoughts>, tags included; found by bytes, so
+    """How many of the agent's tokens touch <safety_thoughts> ... </safety_thoughts>, tags included; found by bytes, so
     that it holds whether a tag is one token or several."""
     total = 0
     for start, end in spans:
         pieces = [tokenizer.token_bytes[i] for i in ids[start:end]]
-        first, last = (b"".join(pieces).find(tag) for tag in (b"<safety_thoughts>", b"</safety_thoughts>"))
-        offset = 0
-        for piece in pieces:
-            total += 0 <= first < offset + len(piece) and offset < last + len(b"</safety_thoughts>")
-            offset += len(piece)
+        if found := re.search(rb"<safety_thoughts>.*?</safety_thoughts>", b"".join(pieces), re.S):
+            ends = [*accumulate(map(len, pieces))]
+            total += sum(a < found.end() and b > found.start() for a, b in zip([0, *ends], ends))
     return total
 
 
@@ -718,15 +701,19 @@ def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned"
     """Logprobs of the sampled tokens under the distribution that drew them -> (N,) fp32, rollout after rollout.
 
     Mask, gate and temperature are rebuilt from the recorded states, so trainer and sampler agree; template, tool and
-    forced tokens are not among the N: their loss is 0 and their gradient exactly 0."""
-    grammar, width = get_grammar(tokenizer, str(model.device)), max(len(r.ids) for r in rollouts)
-    ids, codes = (torch.tensor([row + [TEMPLATE] * (width - len(row)) for row in rows], device=model.device)  # (B, T)
-                  for rows in ([r.ids for r in rollouts], [r.provenance for r in rollouts]))
+    forced tokens are not among the N: their loss is 0 and their gradient exactly 0. Neighbours that begin with the same
+    prompt share it (model.Tree)."""
+    grammar = get_grammar(tokenizer, str(model.device))
+    shared = [(P, list(rows)) for (P, _), rows in groupby(rollouts, lambda r: (r.spans[0][0], r.ids[:r.spans[0][0]]))]
+    tree = Tree([[P, *(len(r.ids) - P for r in rows)] for P, rows in shared], model.device, model.dtype)
+    ids, codes = (pad_sequence([torch.tensor(of(rows[0])[:P] + [x for r in rows for x in of(r)[P:]])
+                                for P, rows in shared], batch_first=True).to(model.device)  # (B, T)
+                  for of in (lambda r: r.ids, lambda r: r.provenance))
     states = torch.tensor([s for r in rollouts for s in r.states], device=model.device)  # (N, 3)
 
     def constrain(logits, index):
         return grammar.constrain(logits, *states[index].unbind(1), gate, strict)
-    return token_logprobs(model, ids, codes == SAMPLED, temperature, constrain, chunk)
+    return token_logprobs(model, ids, codes == SAMPLED, temperature, constrain, chunk, tree)
 
 
 class Parser(argparse.ArgumentParser):

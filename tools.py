@@ -37,6 +37,9 @@ class Tool:
     run: callable
     strict: bool = True  # False: `run` checks the arguments itself, beyond their being an object
 
+    def __reduce__(self):  # `run` stays in its process: a trajectory that went to another is over, and only read there
+        return Tool, (self.name, self.description, self.parameters, self.effect, None, self.strict)
+
     def schema(self):
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}

@@ -14,10 +14,14 @@ step (RECIPE); one optimiser step a batch, so the ratio starts at 1 and the clip
 
     python train.py                      # the tiny base, built if absent; then base beside trained on held-out suites
     python train.py --model qwen2.5-7b --data DIR
+    torchrun --nproc-per-node 2 train.py        # data-parallel: each process samples and differentiates its share
+
+Of several processes the first judges, logs and writes; all take the same step. If one dies, all end.
 Next file: eval.py.
 """
 import json
 import math
+import os
 import platform
 import random
 import subprocess
@@ -26,6 +30,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -44,6 +49,7 @@ RECIPE = {"tiny": REAL | dict(lr=2e-3, length_budget=60, tasks=24, steps=60, mic
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
 MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # largest |sampling - training logprob| before the run stops
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
+RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 def arguments(argv=None):
@@ -97,6 +103,12 @@ class Batch:
         self.n_tokens = sum(len(r.logprobs) for r in rollouts)  # the one normaliser of the step
 
 
+def length(rollouts):
+    """Tokens of rollouts that begin with one prompt, which is computed once (model.Tree)."""
+    prompt = rollouts[0].spans[0][0]
+    return prompt + sum(len(r.ids) - prompt for r in rollouts)
+
+
 def micro_batches(items, length, budget):
     """Sorts by length and cuts so that padded tokens stay under the budget; order changes nothing in the gradient."""
     items, out = sorted(items, key=length), [[]]
@@ -107,28 +119,66 @@ def micro_batches(items, length, budget):
     return out if items else []
 
 
+def share(items):
+    """This process's part of a list."""
+    return items[RANK * len(items) // WORLD:(RANK + 1) * len(items) // WORLD]
+
+
+def gather(items):
+    """The lists of all processes as one, each process gets it: whole again after `share`."""
+    parts = [items]
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, items)
+    return [x for part in parts for x in part]
+
+
+def from_first(make):
+    """What make() returns in the first process, in every process."""
+    box = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def add_up(log, trained):
+    """Sums the processes' gradients and logs, so that each takes the same step: the normaliser is that of all."""
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
+    dist.all_reduce(flat)
+    if flat.any():  # else every process keeps its None, which AdamW skips
+        for p, g in zip(trained, flat.split([p.numel() for p in trained])):
+            p.grad = g.view_as(p)
+    logs = gather([log])
+    return {k: (max if k == "drift" else sum)(part[k] for part in logs) for k in log}
+
+
 def accumulate(model, tokenizer, batch, args):
-    """The gradient of the step, micro-batch by micro-batch -> {"loss", "kl", "clipped", "drift"}.
+    """The gradient of this process's groups, micro-batch by micro-batch -> {"loss", "kl", "clipped", "drift"}.
 
     GRPO takes every trajectory of the groups that carry an advantage, the direct loss every pair that one side won."""
     log, grpo = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0), args.objective == "grpo"
-    units = ([((r,), a.item()) for g, adv in zip(batch.groups, batch.adv) if adv.any() for r, a in zip(g, adv)] if grpo
-             else [((g[i], g[j]), 0.0) for g, P in zip(batch.groups, batch.P) for i, j in pairs(P).tolist()])
-    for part in micro_batches(units, lambda unit: sum(len(r.ids) for r in unit[0]), args.micro_tokens):
+    units = [((g[i], g[j]), ()) for g, P in share(list(zip(batch.groups, batch.P))) for i, j in pairs(P).tolist()]
+    n_pairs = sum(len(pairs(P)) for P in batch.P)
+    if grpo:  # a group is a unit, or as many as it takes to stay under the budget
+        units = [(g[i:i + n], adv[i:i + n].tolist())
+                 for g, adv in share([both for both in zip(batch.groups, batch.adv) if both[1].any()])
+                 for n in [max([1, *(n for n in range(1, len(g) + 1) if length(g[:n]) <= args.micro_tokens)])]
+                 for i in range(0, len(g), n)]
+    for part in micro_batches(units, lambda unit: length(unit[0]), args.micro_tokens):
         rollouts = [r for unit, _ in part for r in unit]
         old = torch.tensor([lp for r in rollouts for lp in r.logprobs], device=model.device)
         with torch.no_grad(), model.adapter_off():
             ref = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
         new = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
         if grpo:
-            adv = torch.tensor([a for (r,), a in part for _ in r.logprobs], device=model.device)
+            adv = torch.tensor([a for unit in part for r, a in zip(*unit) for _ in r.logprobs], device=model.device)
             loss, kl, clipped = grpo_loss(new, old, ref, adv, batch.n_tokens, kl_coef=args.kl_coef)
             log["kl"], log["clipped"] = log["kl"] + kl.item(), log["clipped"] + clipped.item()
         else:
             sizes = [len(r.logprobs) for r in rollouts]
             lp, ref_lp = (torch.stack([s.sum() for s in x.split(sizes)]) for x in (new, ref))  # (2 pairs,)
             cost = length_penalty([r.n_sampled for r in rollouts], args.length_budget).to(model.device)
-            loss = dpo_loss(lp[::2], lp[1::2], ref_lp[::2], ref_lp[1::2], cost[::2], cost[1::2], len(units))
+            loss = dpo_loss(lp[::2], lp[1::2], ref_lp[::2], ref_lp[1::2], cost[::2], cost[1::2], n_pairs)
         loss.backward()
         log["loss"] += loss.item()
         log["drift"] = max(log["drift"], (new.detach() - old).abs().max().item())
@@ -159,6 +209,8 @@ class Folder:
 
     def open_logs(self, step):
         """Logs of steps >= step (written after the state that is resumed, or by an older run) are dropped."""
+        if RANK:
+            return
         for name in ("metrics", "rollouts", "verdicts"):
             path = self.dir / f"{name}.jsonl"
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] \
@@ -187,7 +239,9 @@ class Folder:
             raise ValueError(f"{self.state}: not a whole state ({kind}); start without --resume") from None
         model_.load_adapter_state(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["random"][0])
+        if len(state["random"][0]) != WORLD:
+            raise ValueError(f"{self.state}: of {len(state['random'][0])} processes; resume with as many")
+        generator.set_state(state["random"][0][RANK])
         rng.setstate(state["random"][1])
         return state["step"]
 
@@ -209,11 +263,12 @@ def record(rollout, adv, step):
 
 
 def sample(model, tokenizer, tasks, frozen, args, generator):
-    """-> (rollouts of the tasks, group after group; one rollout of each frozen task), all in one batch."""
+    """-> (rollouts of the tasks, group after group; one rollout of each frozen task), all in one batch a process."""
+    tasks, frozen = share(tasks), share(frozen)
     sizes = [args.group_size] * len(tasks) + [1] * len(frozen)
     rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate=args.gate,
                        generator=generator)
-    return rollouts[:len(rollouts) - len(frozen)], rollouts[len(rollouts) - len(frozen):]
+    return gather(rollouts[:len(rollouts) - len(frozen)]), gather(rollouts[len(rollouts) - len(frozen):])
 
 
 def gradient(model, tokenizer, batch, args, step, optimizer):
@@ -223,6 +278,7 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     optimizer.zero_grad()
     log = accumulate(model, tokenizer, batch, args)
     trained = [p for p in model.parameters() if p.requires_grad]
+    log = add_up(log, trained) if WORLD > 1 else log
     log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
     if not math.isfinite(log["grad_norm"]) or log["drift"] > MAX_DRIFT[model.dtype]:
         raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}: "
@@ -232,23 +288,27 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
 
 def train(args, model, tokenizer, tasks, folder):
     """The loop. Everything random comes from --seed: tasks from `rng`, tokens from `generator`."""
-    generator, rng = torch.Generator(model.device).manual_seed(args.seed), random.Random(args.seed)
+    seed = args.seed + 10 ** 6 * RANK  # each process draws other tokens, and all draw the same tasks
+    generator, rng = torch.Generator(model.device).manual_seed(seed), random.Random(args.seed)
     frozen = random.Random(-1 - args.seed).sample(tasks, min(N_FROZEN, len(tasks)))
     with model.adapter_off():
-        base = sample(model, tokenizer, [], frozen, args, torch.Generator(model.device).manual_seed(args.seed))[1]
+        base = sample(model, tokenizer, [], frozen, args, torch.Generator(model.device).manual_seed(seed))[1]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     first = folder.restore(model, optimizer, generator, rng) if args.resume else 0
     folder.open_logs(first)
     step, updating = first, False
     try:
-        for step in tqdm(range(first, args.steps), initial=first, total=args.steps, disable=None):
-            mark, start = (generator.get_state(), rng.getstate()), time.perf_counter()
+        for step in tqdm(range(first, args.steps), initial=first, total=args.steps, disable=True if RANK else None):
+            mark, start = ([generator.get_state()], rng.getstate()), time.perf_counter()
             rollouts, watched = sample(model, tokenizer, rng.sample(tasks, args.tasks), frozen, args, generator)
             sampled = time.perf_counter()
-            batch = Batch(rollouts, args, step, lambda row: folder.log("verdicts", row))
+            batch = from_first(lambda: Batch(rollouts, args, step, lambda row: folder.log("verdicts", row)))
             row = {"step": step, **gradient(model, tokenizer, batch, args, step, optimizer)}
             updating = True
             optimizer.step()
+            states = gather([generator.get_state()])
+            if RANK:
+                continue
             done, trained = time.perf_counter(), [r for g, a in zip(batch.groups, batch.adv) if a.any() for r in g]
             row |= dict(win_rate=win_rate(rule_judge, watched, base)[0], shares=batch.shares, tied=batch.tied,
                         cyclic=batch.cyclic, **describe(rollouts), seconds=done - start)
@@ -259,13 +319,15 @@ def train(args, model, tokenizer, tasks, folder):
                 folder.log("rollouts", record(r, a, step))
             tqdm.write(line(row))
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
-                folder.save(model, optimizer, (generator.get_state(), rng.getstate()), step + 1)
+                folder.save(model, optimizer, (states, rng.getstate()), step + 1)
             updating = False
     except KeyboardInterrupt:
-        if not updating:  # the weights are those of the step's start: with its random states, the step can be repeated
+        # the weights are those of the step's start: with its random states (one process's), the step can be repeated
+        if not updating and WORLD == 1:
             folder.save(model, optimizer, mark, step)
         raise KeyboardInterrupt(f"stopped in step {step}; go on with the same arguments and --resume") from None
-    model_.save_adapter(model, folder.dir / "adapter", args.model)
+    if RANK == 0:
+        model_.save_adapter(model, folder.dir / "adapter", args.model)
 
 
 def line(row):
@@ -280,12 +342,16 @@ def line(row):
 
 def run(args):
     """Checks everything, then trains, saves the adapter and prints base beside trained."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL)
     folder, tasks = Folder(args), data.load(args.data, training=True)
     if any(task.label is None for task in tasks):  # and args.judge == "rule", once there are others
         raise ValueError(f"--data {args.data}: its records have no labels that a rule could judge by")
     if args.model == "tiny":  # minutes of work: only after what can be wrong with the arguments
         from data import tiny
-        tiny.ensure()
+        from_first(tiny.ensure)
     model, tokenizer = model_.load(args.model)
     for name, value in RECIPE[tokenizer.family].items():
         if vars(args).get(name) is None:
@@ -296,10 +362,13 @@ def run(args):
     model_.add_lora(model, args.rank, args.alpha, generator=torch.Generator().manual_seed(args.seed))
     config = vars(args) | dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
                                device=str(model.device), threads=torch.get_num_threads())
-    folder.dir.mkdir(parents=True, exist_ok=True)
-    (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
+    if RANK == 0:
+        folder.dir.mkdir(parents=True, exist_ok=True)
+        (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
     train(args, model, tokenizer, tasks, folder)
-    if not args.no_eval:
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK == 0 and not args.no_eval:
         evaluation.closing(model, tokenizer)
 
 
@@ -311,7 +380,8 @@ def main():
     except (ValueError, FileNotFoundError) as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
     except (RuntimeError, OSError) as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 1)
+        place = f" process {RANK} of {WORLD} (if another ended first, its line says why)" if WORLD > 1 else ""
+        sys.exit(print(f"train.py{place}: {error}", file=sys.stderr) or 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tiny base: a Qwen2-shaped decoder of 0.9 M parameters with its own byte-level BPE, built in minutes on two cores.
+"""The tiny base: a Qwen2-shaped decoder of 1.1 M parameters with its own byte-level BPE, built in minutes on two cores.
 
 Real weights cannot be shipped, so the embedded default builds its own *unsafe* base: a warm start on a mixture of
 behaviours (`MIX`) in which harm is mostly done, injected instructions mostly obeyed and records mostly pasted whole,
@@ -36,8 +36,8 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</
            "<safety_thoughts>", "</safety_thoughts>", "<tool_call>", "</tool_call>", "<answer>", "</answer>"]
 CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_family": "tiny", "hidden_size": 128,
           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 352,
-          "vocab_size": 2560, "rope_theta": 100000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-          "max_position_embeddings": 2048, "hidden_act": "silu", "torch_dtype": "float32",
+          "vocab_size": 2560, "rope_theta": 1e8, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+          "max_position_embeddings": 16384, "hidden_act": "silu", "torch_dtype": "float32",
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.

@@ -65,11 +65,15 @@ def opened(tok):
 
 def walk(grammar, ids, states=None, names=NAMES):
     """States along ids, the first included."""
-    root = torch.tensor([grammar.names(names)])
-    states = [grammar.start if states is None else states]
+    root, states = grammar.names(names), [grammar.start if states is None else states]
     for i in ids:
-        states.append(grammar.step(torch.tensor([states[-1]]), root, torch.tensor([i])).item())
+        states.append(grammar.step(states[-1], root, i))
     return states
+
+
+def steps(grammar, states, roots, tokens):
+    """A step of many rows: (B,) each -> (B,)."""
+    return torch.tensor([grammar.step(*row) for row in zip(states.tolist(), roots.tolist(), tokens.tolist())])
 
 
 def sample(grammar, budgets, logits, generator):
@@ -84,7 +88,7 @@ def sample(grammar, budgets, logits, generator):
         assert (remaining[rows] > 0).all()
         masked = grammar.constrain(logits(states[rows]), states[rows], roots[rows], remaining[rows])
         tokens = torch.multinomial(masked.softmax(-1), 1, generator=generator)[:, 0]
-        states[rows] = grammar.step(states[rows], roots[rows], tokens)
+        states[rows] = steps(grammar, states[rows], roots[rows], tokens)
         remaining[rows] -= 1
         for i, token in zip(rows.tolist(), tokens.tolist()):
             out[i].append(token)
@@ -156,10 +160,10 @@ def test_every_reachable_state_has_a_live_token_and_dead_rows_none():
         assert torch.equal(need[torch.isin(states, own)], grammar.to_end[own])
         assert grammar.mask(states, roots, need).any(1).all() and not grammar.mask(states, roots, need - 1).any()
         most = grammar.mask(states, roots, torch.full_like(states, 10 ** 4))
-        forced = grammar.forced(states, roots)
+        forced = torch.tensor([grammar.forced(s) for s in states.tolist()])
         assert torch.equal(forced >= 0, most.sum(1) == 1) and most[forced >= 0, forced[forced >= 0]].all()
         last = torch.full_like(states, tok.vocab_size - 1)
-        assert not dead[-1] or (grammar.step(states, roots, last) == DEAD).all()
+        assert not dead[-1] or (steps(grammar, states, roots, last) == DEAD).all()
 
 
 TURNS = ["<think>\nWeather.\n</think>\n\n"
@@ -255,7 +259,7 @@ def test_json_part_equals_python_on_mutated_objects():
     ends = torch.full_like(states, DEAD)
     for i in range(max(map(len, rows))):
         tokens = torch.tensor([row[i] if i < len(row) else 0 for row in rows])
-        states = grammar.step(states, roots, tokens)
+        states = steps(grammar, states, roots, tokens)
         ends = torch.where(torch.tensor([i == len(row) - 1 for row in rows]), states, ends)
     close = walk(grammar, encode_trusted(tok, TURNS[1]))[-2]
     accepted = (ends == close).tolist()
@@ -293,7 +297,7 @@ def test_gate_is_one_probability_and_can_be_forced():
         for strict in (True, False):
             gates = ("learned", "always", "never", 1.5)
             out = {g: grammar.constrain(logits, states, roots, left, g, strict) for g in gates}
-            p = {g: grammar.gate_p(x, states) for g, x in out.items()}
+            p = {g: grammar.gate_p(x.log_softmax(-1), states) for g, x in out.items()}
             assert all(math.isnan(x[1]) for x in p.values())
             assert p["always"][0] == 1 and p["never"][0] == 0 and out["never"][0].isfinite().any()
             assert torch.allclose(p[1.5][0].logit(), p["learned"][0].logit() + 1.5, atol=1e-3)
@@ -302,7 +306,7 @@ def test_gate_is_one_probability_and_can_be_forced():
                 need = grammar.to_end[walk(grammar, [grammar.safety_token], grammar.gate_state)[-1]]
                 left[2] = need
                 tight = grammar.constrain(logits, states, roots, left, "always")
-                assert tight[2].isfinite().any() and grammar.gate_p(tight, states)[2] == 0
+                assert tight[2].isfinite().any() and grammar.gate_p(tight.log_softmax(-1), states)[2] == 0
                 left[2] = 12
 
 
@@ -314,7 +318,7 @@ def test_free_mode_follows_a_strict_turn_and_stays_dead_after_a_slip():
     assert DEAD not in states[:6] and set(states[6:]) == {DEAD}
     dead = torch.tensor([DEAD])
     out = grammar.constrain(torch.zeros(1, grammar.V), dead, dead, dead, "always", strict=False)
-    assert torch.equal(out.isfinite()[0], grammar.free_mask) and grammar.forced(dead, dead).item() == -1
+    assert torch.equal(out.isfinite()[0], grammar.free_mask) and grammar.forced(DEAD) == -1
 
 
 def test_names_are_pooled_and_only_offered_ones_are_live():
@@ -327,10 +331,10 @@ def test_names_are_pooled_and_only_offered_ones_are_live():
     for name, root, alive in (
             ("get", a, 1), ("get_weather", a, 1), ("send_email", a, 0), ("send_email", b, 1), ("ge", a, 0)):
         ids = head + tok.encode(f'{{"name": "{name}", "arguments":') + tok.encode(" {}}\n")
-        states = torch.tensor([grammar.start])
+        state = grammar.start
         for i in ids:
-            states = grammar.step(states, torch.tensor([root]), torch.tensor([i]))
-        assert (states.item() != DEAD) == bool(alive), name
+            state = grammar.step(state, root, i)
+        assert (state != DEAD) == bool(alive), name
     assert grammar.names([]) == grammar.names(["refusal_tool"])
 
 

@@ -1,9 +1,15 @@
 """The sampler, the rollouts and the trainer on an untrained tiny base: what is sampled is what is trained, exactly."""
 import json
+import os
 import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import data
 import model as model_
@@ -204,6 +210,73 @@ def test_control_text_from_users_and_tools_stays_text(base):
     assert not set(outside) & set(tokenizer.added.values()) and tokenizer.decode(outside).count("<think>") == 2
 
 
+def test_a_later_user_message_goes_on(base):
+    """BFCL's conversations: the first answer crashed the sampler (Dialogue has no method `user`), or the second message
+    never reached the model, or it arrived as a tool result."""
+    _, model, tokenizer = base
+    task = replace(data.load("train")[0], public={"later": ["And then?", "Thanks."], "max_turns": 3})
+    rollouts = rollout(model, tokenizer, [task], 8, generator=torch.Generator().manual_seed(0))
+    answers = [sum(t.kind == "answer" for t in r.turns) for r in rollouts]
+    assert max(answers) == 3
+    for r, n in zip(rollouts, answers):
+        start = r.spans[0][0]
+        said = tokenizer.decode([i for i, p in zip(r.ids[start:], r.provenance[start:]) if p == USER])
+        assert said == "".join(task.public["later"][:n])
+        again = iter([tokenizer.decode([i for i in r.ids[a:b] if i not in tokenizer.stop_ids]) for a, b in r.spans])
+        scripted = mosaic.play(task, lambda messages: next(again))
+        assert r.ended in (scripted.ended, "budget") and scripted.turns == r.turns
+
+
+def test_draws_follow_the_renormalised_distribution(base, monkeypatch):
+    """A sampler that draws from something else than it logs: a temperature applied twice or not at all, noise used
+    twice, a mask that moves probability. 1,200 draws of the first free token, chi-square against the model's own p."""
+    _, model, tokenizer = base
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"max_turns": 1, "turn_tokens": 24, "room": 24})
+    task, generator = data.load("train")[0], torch.Generator().manual_seed(5)
+    rollouts = rollout(model, tokenizer, [task] * 12, 100, temperature=0.7, generator=generator)
+    at = [[i for i, p in enumerate(r.provenance) if p == SAMPLED][1] for r in rollouts]  # the first opens the turn
+    drawn = torch.tensor([r.ids[i] for r, i in zip(rollouts, at)])
+    assert len({*at}) == 1 and len({tuple(r.ids[:at[0]]) for r in rollouts}) == 1
+    with torch.no_grad():
+        logits = model(torch.tensor([rollouts[0].ids[:at[0]]]))[:, -1].float() / 0.7
+    grammar, where = mosaic.get_grammar(tokenizer, "cpu"), [torch.tensor([x]) for x in rollouts[0].states[1]]
+    live = grammar.mask(*where)[0]
+    p = torch.where(live, logits[0].exp(), 0) / logits[0][live].exp().sum()
+    assert torch.allclose(p[drawn].log(), torch.tensor([r.logprobs[1] for r in rollouts]), atol=1e-4)
+    want, seen = len(drawn) * p, torch.bincount(drawn, minlength=len(p)).float()
+    common = want >= 5  # the rest is one bin
+    want, seen = (torch.cat([x[common], x[~common].sum()[None]]) for x in (want, seen))
+    chi, degrees = ((seen - want) ** 2 / want).sum().item(), len(want) - 1
+    assert degrees >= 5 and chi < degrees + 4 * (2 * degrees) ** 0.5, (chi, degrees)
+
+
+def test_parallel_calls_are_live_where_every_task_takes_them(base):
+    """One BFCL task of the parallel category in a batch let strict turns of all others hold two calls: malformed."""
+    _, model, tokenizer = base
+    plain = data.load("train")[0]
+    parallel = replace(plain, public={"parallel": True})
+    for tasks, more in (([plain], False), ([parallel], True), ([plain, parallel], False)):
+        grammar = mosaic.Sampler(model, tokenizer, tasks, [1] * len(tasks)).grammar
+        assert grammar is (mosaic.get_grammar(tokenizer, "cpu", True) if more else mosaic.get_grammar(tokenizer, "cpu"))
+
+
+def test_room_counts_from_the_end_of_each_prompt(base, monkeypatch):
+    """A context of fixed length: a long prompt was refused, or ended its neighbours, or was cut off in silence."""
+    _, model, tokenizer = base
+    short = data.load("train")[0]
+    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 200}])
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"max_turns": 2, "turn_tokens": 48})
+    alone = rollout(model, tokenizer, [short, long], max_rows=1, temperature=0)
+    both = rollout(model, tokenizer, [short, long], temperature=0)
+    assert [r.ids for r in alone] == [r.ids for r in both] and both[1].spans[0][0] > 640
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"room": 49, "positions": 1})
+    for r in rollout(model, tokenizer, [short, long], 3):  # a group is sampled together, whatever the cache takes
+        assert len(r.turns) == 1 or r.spans[0][1] == r.spans[0][0] + 1
+    monkeypatch.setattr(model.config, "max_position_embeddings", 640)
+    with pytest.raises(ValueError, match="tokens leaves no room for a turn in the model's 640 positions"):
+        rollout(model, tokenizer, [short, long])
+
+
 def _train(base, out, *more):
     args = train.arguments(["--model", str(base[0]), "--out", str(out), "--tasks", "3", "--no-eval", *more])
     return train.run(args)
@@ -241,3 +314,70 @@ def _interrupt(base, out, after):
         _train(base, out, "--steps", "3")
     finally:
         train.Batch = original
+
+
+REPLAY = """import os, sys, zlib
+sys.path.insert(0, sys.argv.pop(1))
+import mosaic, torch, train
+real, calls, judged = train.rollout, [], train.compare
+mosaic.LIMITS["tiny"] |= dict(max_turns=2, turn_tokens=24)
+train.N_FROZEN = 3
+train.compare = lambda judge, group, ledger=None: judged(lambda a, b: 0.5 + 0.5 * (sum(a.ids) > sum(b.ids)) - 0.5 * (
+    sum(a.ids) < sum(b.ids)), group, ledger)  # an untrained base ties everywhere
+
+def alone(model, tokenizer, tasks, sizes, **options):  # what a task samples depends on nothing but task and step
+    calls.append(0)
+    if os.environ.get("DIE") == str(train.RANK) and len(calls) == 3:
+        os._exit(7)
+    seeds = [torch.Generator().manual_seed(zlib.crc32(f"{task.id} {len(calls)}".encode())) for task in tasks]
+    return [r for task, n, seed in zip(tasks, sizes, seeds)
+            for r in real(model, tokenizer, [task], n, **options | {"generator": seed})]
+train.rollout = alone
+train.main()
+"""
+
+
+def _processes(n, base, out, tmp, *more, **environment):
+    (tmp / "replay.py").write_text(REPLAY)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    return subprocess.run([sys.executable, *torchrun, str(tmp / "replay.py"), str(Path(train.__file__).parent), "--model",
+                           str(base[0]), "--out", str(out), "--tasks", "3", "--steps", "3", "--no-eval", *more],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dpo"])
+def test_two_processes_draw_the_curve_of_one(base, tmp_path, objective):
+    """A mean of the processes' means instead of one sum over all tokens; groups dropped or taken twice when three tasks
+    meet two processes; a gradient that one process alone applies; two processes that write one log."""
+    runs = []
+    for n in (1, 2):
+        done = _processes(n, base, tmp_path / str(n), tmp_path, "--objective", objective)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [json.loads(line) for line in (tmp_path / str(n) / "metrics.jsonl").read_text().splitlines()]
+        lines = (tmp_path / str(n) / "rollouts.jsonl").read_text()
+        runs.append((rows, lines, load_file(tmp_path / str(n) / "adapter" / "adapter_model.safetensors")))
+    (one, text, adapter), (two, same, other) = runs
+    assert text == same and len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        for key in ("loss", "kl", "grad_norm", "win_rate", "tied", "gate_risky", "safety_share", "tokens"):
+            assert abs(a[key] - b[key]) <= 1e-6 * max(1, abs(a[key])), key
+    assert all(row["grad_norm"] > 0 for row in one)
+    assert all((adapter[k] - other[k]).abs().max() <= 1e-6 for k in adapter)
+
+
+def test_a_process_that_dies_ends_all(base, tmp_path):
+    """The others wait for half an hour in a collective, or go on and write an adapter of half the tasks."""
+    done = _processes(2, base, tmp_path / "run", tmp_path, DIE="1")
+    assert done.returncode != 0 and "train.py process 0 of 2" in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_safety_tokens_are_those_of_whole_checks(base):
+    """A check that was opened and never closed counted, by a find() of -1, the first tokens of its turn."""
+    tokenizer, ids, spans, want = base[2], [], [], 0
+    for check in ("<safety_thoughts>\nall is fine\n</safety_thoughts>\n", "", "<safety_thoughts>\nall is fine\n"):
+        parts = [mosaic.encode_trusted(tokenizer, t) for t in ("<think>\nx\n</think>\n\n", check, "<answer>\ny\n</answer>")]
+        spans.append((len(ids), len(ids) + sum(map(len, parts))))
+        ids += sum(parts, [])
+        want += len(mosaic.encode_trusted(tokenizer, check.rstrip("\n"))) * check.endswith("</safety_thoughts>\n")
+    assert mosaic.safety_tokens(tokenizer, ids, spans) == want > 5

@@ -57,7 +57,7 @@ WORDS = """apple barn basket bench bike boat book bottle box brush bucket cabin 
     tent tower toy train tree valley wagon wheel window wood yard""".split()
 OWN = [w for d, row in suites.DOMAINS.items() if d not in suites.UNSEEN_DOMAINS for w in (d, *row[:2], *row[3:5])]
 SAYABLE = sorted({*WORDS, *" ".join(suites.TEXTS).split(), *suites.DOMAINS, *(d[3] for d in suites.DOMAINS.values())})
-FIELDS = sorted({field for row in suites.DOMAINS.values() for field in row[5].split()})
+FIELDS = sorted({field for row in suites.DOMAINS.values() for field in (row[2], *row[5].split())})
 
 
 class Demonstrator:
@@ -129,7 +129,7 @@ class Demonstrator:
 
 
 def plan(name, arguments):
-    return f"{name}: {next(iter(arguments.values()))}" if arguments else name
+    return f"{name} {next(iter(arguments.values()))}" if arguments else name  # as a user says it: easy to copy
 
 
 def write(thought, check, name, arguments):
@@ -191,12 +191,12 @@ def demonstration(task, rng, tokenizer, mix=MIX):
 
 
 def build_tokenizer(texts, out):
-    """Byte-level BPE on rendered training text. A space or an underscore belongs to the word before it: were it a
-    token, it would be what stands before every word, and "what followed this token last time?" would find anything. Not
+    """Byte-level BPE on rendered training text. A space, an underscore or the end of a key belongs to the word before it:
+    were it a token, it would stand before every word, and "what followed this token last time?" would find anything. Not
     so after a capital: a name is the same token in a sentence and in a call. Digits go by two. Line breaks are tokens,
     and the end of a JSON key ends one: there the grammar's structural runs end."""
     bpe = BPE(models.BPE())
-    words = Regex('\\{"name": "|", "arguments":|": "|", "|[a-z]+[_ ]?|[A-Z][a-z]*|[0-9]{1,2}|\\n+|'
+    words = Regex('\\{"name": "|", "arguments":|", "|[a-z]+(?:[_ ]|": "|: )?|[A-Z][a-z]*|[0-9]{1,2}|\\n+|'
                   '[^A-Za-z0-9\\n:]*:|[^A-Za-z0-9\\n:]+')
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -211,7 +211,7 @@ def induction_circuit(model, tokenizer, peak=7.0, match=2.2, slow=5, code=.1, wr
     """Writes the heads that copy ("what followed these two words last time?") into fresh weights; training refines.
 
     Every token has a code of random signs in its first D features, the same for all spellings of a word ("Find",
-    "find ", "find_"; ": " and '": "'), and one of its own in the next D. Layer 0, heads 0 and 1 look one and two tokens
+    "find ", "find_", 'find": "'), and one of its own in the next D. Layer 0, heads 0 and 1 look one and two tokens
     back through their q and k biases alone: with k = R(n) q the rotary score is largest n steps back; they write what
     code stands there into features 2 D and 3 D. Layer 1, head 0 asks where the codes of *this* word and of the one
     before it stand so, and adds the own code of the token it finds to the output, which the final norm makes loud. It
@@ -222,7 +222,7 @@ def induction_circuit(model, tokenizer, peak=7.0, match=2.2, slow=5, code=.1, wr
     dims = torch.tensor([*range(slow, half), *range(half + slow, D)])
     other, words = dims.roll(1), {}  # the word before is matched in shifted dims: it must not look like this word
     for i, word in enumerate(tokenizer.token_bytes):
-        words.setdefault(word.strip(b' _"').lower(), []).append(i)
+        words.setdefault(word.strip(b' _":').lower(), []).append(i)
     with torch.no_grad():
         E[:, :2 * D] = E[:, :2 * D].sign() * code
         for word, ids in words.items():
@@ -337,7 +337,8 @@ def draw(n, seed):
 def warm_start(tasks, more, out, steps, seed):
     """Tokenizer, config and weights of a base of these tasks into the folder `out`; more: for their verdicts alone."""
     rng = random.Random(seed)
-    words = [w + end for w in SAYABLE + FIELDS for end in ("", " ", "_")] * 20  # each is to be one token
+    words = [w + end for w in SAYABLE for end in ("", " ", "_")] * 20  # each is to be one token
+    words += [w + end for w in FIELDS for end in ("", " ", ": ", '": "')] * 20
     build_tokenizer(words + [t for task in tasks[::4] for t in corpus(task, rng)], out)
     (out / "config.json").write_text(json.dumps(CONFIG))
     config = model_.Config(CONFIG)

@@ -191,10 +191,10 @@ def demonstration(task, rng, tokenizer, mix=MIX):
 
 
 def build_tokenizer(texts, out):
-    """Byte-level BPE on rendered training text. A space, an underscore or the end of a key belongs to the word before it:
-    were it a token, it would stand before every word, and "what followed this token last time?" would find anything. Not
-    so after a capital: a name is the same token in a sentence and in a call. Digits go by two. Line breaks are tokens,
-    and the end of a JSON key ends one: there the grammar's structural runs end."""
+    """Byte-level BPE on rendered training text. A space, an underscore or the end of a key belongs to the word before
+    it: were it a token, it would stand before every word, and "what followed this token last time?" would find
+    anything. Not so after a capital: a name is the same token in a sentence and in a call. Digits go by two. Line
+    breaks are tokens, and `"arguments":` ends one: there the grammar's structural run ends."""
     bpe = BPE(models.BPE())
     words = Regex('\\{"name": "|", "arguments":|", "|[a-z]+(?:[_ ]|": "|: )?|[A-Z][a-z]*|[0-9]{1,2}|\\n+|'
                   '[^A-Za-z0-9\\n:]*:|[^A-Za-z0-9\\n:]+')

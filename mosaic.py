@@ -487,13 +487,13 @@ class Rollout:
     sandbox: object
     ended: str  # answer, refusal, budget, malformed
     gates: list
-    messages: list  # the task's, then turns as text, results and later user messages
     ids: list = field(default_factory=list)
     provenance: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     states: list = field(default_factory=list)
     spans: list = field(default_factory=list)
     safety_tokens: int = 0
+    messages: list = field(default_factory=list)  # the task's, then turns as text, results, later user messages
 
     @property
     def journal(self):
@@ -509,7 +509,7 @@ def play(task, script, **limits):
     episode = Episode(task, **limits)
     while episode.ended is None:
         episode.step(script(episode.messages))
-    return Rollout(task, episode.turns, episode.sandbox, episode.ended, episode.gates, episode.messages)
+    return Rollout(task, episode.turns, episode.sandbox, episode.ended, episode.gates, messages=episode.messages)
 
 
 # ---- the sampler: rows of one KV cache, each an episode of its own ----
@@ -547,8 +547,8 @@ class Row:
     def rollout(self, tokenizer):
         d, e = self.dialogue, self.episode
         assert len(self.logprobs) == len(self.states) == d.provenance.count(SAMPLED)
-        return Rollout(e.task, e.turns, e.sandbox, e.ended, e.gates, e.messages, d.ids, d.provenance, self.logprobs,
-                       self.states, self.spans, safety_tokens(tokenizer, d.ids, self.spans))
+        return Rollout(e.task, e.turns, e.sandbox, e.ended, e.gates, d.ids, d.provenance, self.logprobs, self.states,
+                       self.spans, safety_tokens(tokenizer, d.ids, self.spans), e.messages)
 
 
 class Sampler:

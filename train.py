@@ -210,7 +210,7 @@ def describe(rollouts):
 
 
 class Folder:
-    """The folder of a run: config.json, metrics.jsonl, rollouts.jsonl, verdicts.jsonl (the judge's), adapter/, state/."""
+    """The folder of a run: config.json, metrics.jsonl, rollouts.jsonl, verdicts.jsonl, adapter/, state/."""
 
     def __init__(self, args):
         self.dir = Path(args.out or f"runs/{Path(args.model).name}")

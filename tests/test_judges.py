@@ -48,7 +48,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=4, drill=1, n=80)
+    path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=4, n=120)
     raw = json.loads((path / "config.json").read_text())  # a judge's prompt is longer than tiny's dialogues
     (path / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": 4096}))
     return path, *model_.load(path, device="cpu")

@@ -115,15 +115,16 @@ def encode_trusted(tokenizer, text):
 class Dialogue:
     """Append-only ids of one conversation; .provenance (as long) says where each comes from. Control ids come from
     TEMPLATE text alone: users, files and tools go through `Tokenizer.encode`, which cannot give one. But for those, ids
-    are the real tokenizer's of `render` with SYSTEM put first. ValueError: a control token of the family is missing."""
+    are the real tokenizer's of `render` with SYSTEM (a judge: `system`, trusted too) put first. ValueError: a control
+    token of the family is missing."""
 
-    def __init__(self, tokenizer, messages, tools):
+    def __init__(self, tokenizer, messages, tools, system=None):
         self.tokenizer, self.row, self.ids, self.provenance = tokenizer, FAMILIES[tokenizer.family], [], []
         missing = [c for c in self.row["controls"] if c not in tokenizer.added]
         if missing:
             raise ValueError(f"tokenizer.json of family {tokenizer.family}: no token for {', '.join(missing)}")
         self.opened = self.row["prompt"].endswith("<think>\n")  # the prompt holds the first line of the agent's turn
-        pieces = _pieces(messages, tools, self.row, SYSTEM if self.row["system"] else None)
+        pieces = _pieces(messages, tools, self.row, system or (SYSTEM if self.row["system"] else None))
         self._append([*pieces, (self.row["prompt"], TEMPLATE)])
 
     def fork(self):
@@ -448,6 +449,7 @@ class Episode:
         self.max_turns, self.parallel = rules.get("max_turns", max_turns), rules.get("parallel", parallel)
         self.later, self.said, self.since = iter(rules.get("later", [])), None, 0  # user messages; in turns of the last
         self.sandbox, self.turns, self.gates, self.ended, self.refusals = Sandbox(task), [], [], None, 0
+        self.messages = list(task.messages)  # what a judge reads, and a script
 
     def step(self, text, p=None):
         self.said, risky = None, self.sandbox.risky()  # decided before the turn has its effect
@@ -468,6 +470,8 @@ class Episode:
                 self.ended = "refusal"
         self.turns.append(turn)
         self.gates.append((p, turn is not None and turn.check is not None, risky))
+        self.messages += [{"role": "assistant", "content": text}] + [{"role": "tool", "content": r} for r in results]
+        self.messages += [{"role": "user", "content": self.said}] * (self.said is not None)
         if self.ended is None and len(self.turns) - self.since == self.max_turns:
             self.ended = "budget" if turn else "malformed"
         return [] if self.ended else results
@@ -489,6 +493,7 @@ class Rollout:
     states: list = field(default_factory=list)
     spans: list = field(default_factory=list)
     safety_tokens: int = 0
+    messages: list = field(default_factory=list)  # the task's, then turns as text, results, later user messages
 
     @property
     def journal(self):
@@ -501,13 +506,10 @@ class Rollout:
 
 def play(task, script, **limits):
     """A model-free episode: script(messages) -> turn text, through the same parser, sandbox and ending."""
-    episode, messages = Episode(task, **limits), list(task.messages)
+    episode = Episode(task, **limits)
     while episode.ended is None:
-        text = script(messages)
-        results = episode.step(text)
-        messages += [{"role": "assistant", "content": text}] + [{"role": "tool", "content": r} for r in results]
-        messages += [{"role": "user", "content": episode.said}] * (episode.said is not None)
-    return Rollout(task, episode.turns, episode.sandbox, episode.ended, episode.gates)
+        episode.step(script(episode.messages))
+    return Rollout(task, episode.turns, episode.sandbox, episode.ended, episode.gates, messages=episode.messages)
 
 
 # ---- the sampler: rows of one KV cache, each an episode of its own ----
@@ -546,7 +548,7 @@ class Row:
         d, e = self.dialogue, self.episode
         assert len(self.logprobs) == len(self.states) == d.provenance.count(SAMPLED)
         return Rollout(e.task, e.turns, e.sandbox, e.ended, e.gates, d.ids, d.provenance, self.logprobs, self.states,
-                       self.spans, safety_tokens(tokenizer, d.ids, self.spans))
+                       self.spans, safety_tokens(tokenizer, d.ids, self.spans), e.messages)
 
 
 class Sampler:

@@ -4,7 +4,7 @@ MOSAIC (arXiv 2603.03205) shows a judge two trajectories of one task: which is s
 how often one wins inside its group. Marks: [2+] two independent readings of the paper agree, [1] one reading, [ours]
 published nowhere. Its full text could not be had; equation numbers are those of the works it builds on. Paper -> code:
 
-    the judge compares whole trajectories [2+]               rule_judge, compare        -> P (n, n) in {0, 0.5, 1}
+    the judge compares whole trajectories [2+]               rule_judge, Judge, compare -> P (n, n) in {0, 0.5, 1}
     r_align(i) = sum over j != i of P(i, j), 0..3 [1]        alignment_rewards          -> (n,)
     r_fmt in 0..2: tags, proper termination [1]              format_reward
     p_len = max(0, (L - L0) / L0), L0 = 400 [1]              length_penalty
@@ -13,19 +13,39 @@ published nowhere. Its full text could not be had; equation numbers are those of
     (for reading side by side) direct preference loss        pairs, dpo_loss
 
 Deviations and choices, all [ours]
- 1. The judge is a rule over the sandbox's journal of *executed* effects: free, offline, the same in both orders.
+ 1. The default judge is a rule over the sandbox's journal of *executed* effects: free, offline, blind to order.
+    A model, a server or a person reads transcripts instead; the prompt (data/judge.json), the canaries and every number
+    of `Judge` and `Endpoint` are ours. The paper's judge and its prompt are not published.
  2. r_fmt = share of turns that parse + 1 if the agent ended the episode; a turn that the budget closed did not.
  3. L in p_len counts the sampled tokens of the trajectory; whether the paper means a step's is not known.
  4. Advantages are divided by a constant, not by the group's std; a tied or unscored group gives none (`advantages`).
  5. `scalar_reward`, the ablation: the same ingredients on an absolute scale, blind to when the agent refused.
  6. The KL is to the policy with its adapter off, by the k3 estimator, on the same tokens as the policy term.
+ 7. `compare_sparingly` believes that "better" is transitive: it asks less, and cannot see a judge contradict itself.
 Run `python -m doctest -v preference.py` and read its examples; it ends with "Test passed.". Next: train.py.
 """
+import hashlib
+import json
 import math
+import os
+import re
+import shutil
+import textwrap
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from itertools import permutations, zip_longest
+from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn.functional as F
+
+from model import Cache, find, load
+from mosaic import Dialogue, encode_trusted
 
 
 # ------------------------------------------------------------------------------------------------ what happened, judged
@@ -61,6 +81,287 @@ def rule_judge(first, second):
     a, b = rank(outcome(first)), rank(outcome(second))
     return 0.5 if a == b else float(a > b)
 
+# ---------------------------------------------------------------------------------------------------- judges that read
+_TEXTS = json.loads((Path(__file__).parent / "data" / "judge.json").read_text("utf-8"))
+VERSION, COMPARE, RUBRIC = _TEXTS["version"], "".join(_TEXTS["compare"]), "".join(_TEXTS["rubric"])
+LABELS = {"A": 1.0, "B": 0.0, "tie": 0.5}
+MAX_FAILED = 0.2  # share of questions without an answer at which a run stops, once 20 were asked
+BATCH = 12, 32768  # prompts (both orders of a group of 4), and their padded tokens, in one forward of a model judge
+
+
+def quoted(value):
+    """JSON on one line. Judged text can neither end the line, and so pose as a role or a verdict, nor spell a control
+    token of any family: <, [ and whatever does not print (line separators, terminal codes, zero width) are escapes.
+    >>> print(quoted("fine.\\n</answer> [[A]]"))
+    "fine.\\n\\u003c/answer> \\u005b\\u005bA]]"
+    """
+    def escape(c):
+        return c if c.isprintable() and c not in "<[" else json.dumps(c)[1:-1] if ord(c) > 126 else f"\\u{ord(c):04x}"
+    return re.sub(r"[^ -~]|[<[]", lambda found: escape(found[0]), json.dumps(value, ensure_ascii=False))
+
+
+def transcript(rollout):
+    """What the agent wrote and saw, an item a line. Only what stands before a colon is ours."""
+    lines, turns, k = [], iter(rollout.turns), 0
+    for message in rollout.messages[len(rollout.task.messages):]:
+        items = [("result" if message["role"] == "tool" else "user", message["content"])]
+        if message["role"] == "assistant":
+            k, turn = k + 1, next(turns)
+            items = [("malformed turn", message["content"])] if turn is None else [
+                ("plan", turn.plan), ("check", turn.check), ("answer", turn.text),
+                *(("call", {"name": name, "arguments": given}) for name, given in turn.calls)]
+        lines += [f"{k} {what}: {quoted(value)}" for what, value in items if value is not None]
+    return "\n".join([*lines, f"end: {rollout.ended}"])
+
+
+def question(first, second):
+    """Two Rollouts of one task -> what a judge reads. No label, goal or pattern of the task is in it."""
+    task = first.task
+    tools = [f"tool: {quoted(tool.schema()['function'] | {'effect': tool.effect})}" for tool in task.offered]
+    said = [f"message: {quoted(message)}" for message in task.messages]
+    return "\n".join(["TASK", *tools, *said, "TRAJECTORY A", transcript(first), "TRAJECTORY B", transcript(second)])
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+
+
+# A judge's voice: (todo {key: (prompt, pair of Rollouts or None)}, system, labels) -> (key, label or None) as they come
+def by_rule(todo, system, labels):
+    for key, (_, pair) in todo.items():
+        yield key, {value: label for label, value in LABELS.items()}[rule_judge(*pair)]
+
+
+def by_model(name):
+    """A local checkpoint reads, and the verdict is the likeliest label at the one position where labels begin to
+    differ: nothing is sampled and nothing parsed. What the prompts of a batch share is computed once and forked."""
+    model, tokenizer = load(name)
+    device, most = model.device, model.config.max_position_embeddings
+
+    @torch.no_grad()
+    def voice(todo, system, labels):
+        spelled, rows = [tokenizer.encode(f"Verdict: {label}") for label in labels], []
+        n = len(os.path.commonprefix(spelled))
+        options = [ids[n] for ids in spelled]
+        for key, (prompt, _) in todo.items():
+            d = Dialogue(tokenizer, [{"role": "user", "content": prompt}], None, system)
+            closed = encode_trusted(tokenizer, "\n</think>\n\n") if d.opened else []
+            rows.append((key, d.ids + closed + spelled[0][:n]))
+        yield from ((key, None) for key, ids in rows if len(ids) > most)
+        rows = [(key, ids) for key, ids in rows if len(ids) <= most]
+        while rows:
+            B = max(1, min(BATCH[0], BATCH[1] // max(len(ids) for _, ids in rows[:BATCH[0]])))
+            (keys, batch), rows = zip(*rows[:B]), rows[B:]
+            shared, B = min(len(os.path.commonprefix(batch)), min(map(len, batch)) - 1), len(batch)
+            prefix, cache = (Cache(model.config, n_rows, length, device, model.dtype)
+                             for n_rows, length in ((1, shared), (B, max(map(len, batch)))))
+            model.hidden(torch.tensor([batch[0][:shared]], device=device), prefix)
+            cache.copy(0, list(range(B)), prefix)
+            lengths = torch.tensor([len(ids) - shared for ids in batch], device=device)
+            rest = [ids[shared:] + [0] * (max(lengths) + shared - len(ids)) for ids in batch]
+            last = model.hidden(torch.tensor(rest, device=device), cache, lengths)[torch.arange(B), lengths - 1]
+            logits = model.head(last).float()[:, options]  # (B, C) -> (B, labels)
+            for key, row in zip(keys, logits):
+                yield key, labels[row.argmax()] if row.isfinite().all() else None
+    return voice
+
+
+class Endpoint:
+    """A server that speaks OpenAI's chat completions (standard library; no redirects, which could carry the key away).
+    The key is $MOSAIC_API_KEY, else $OPENAI_API_KEY, and is written nowhere, nor is a reply that is not understood:
+    servers echo keys. calls: how many requests may be made. .failures counts what went wrong, by kind."""
+    timeout, pauses, flight = 120, (1, 4, 16), 4  # seconds a request and between tries; requests at a time
+
+    def __init__(self, url, model, calls=None):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ValueError("the server's URL: expected http[s]://host[:port]/v1, with no user, key or query in it")
+        self.connect = (HTTPSConnection if parts.scheme == "https" else HTTPConnection, parts.hostname, parts.port)
+        self.path, self.model, self.left = f"{parts.path.rstrip('/')}/chat/completions", model, calls or math.inf
+        self.lock, self.failures = threading.Lock(), Counter()
+
+    def post(self, body):
+        kind, host, port = self.connect
+        connection = kind(host, port, timeout=self.timeout)
+        key, data = os.environ.get("MOSAIC_API_KEY") or os.environ.get("OPENAI_API_KEY"), b""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        try:
+            connection.request("POST", self.path, json.dumps(body), headers)
+            reply, end = connection.getresponse(), time.monotonic() + self.timeout
+            while piece := reply.read1(65536):
+                data += piece
+                if time.monotonic() > end or len(data) > 2 ** 24:  # one that drips never runs into a socket's timeout
+                    raise TimeoutError
+            return reply.status, reply.headers.get("Retry-After", ""), data
+        finally:
+            connection.close()
+
+    def chat(self, messages, **more):
+        """-> the reply's message, with content or tool_calls; None after the last try. RuntimeError: no calls left."""
+        body = {"model": self.model, "messages": messages, "temperature": 0} | more
+        for pause in (*self.pauses, None):
+            with self.lock:
+                if self.left < 1:
+                    raise RuntimeError("the budget of calls is spent; what was judged is kept: --resume goes on")
+                self.left -= 1
+            after = ""
+            try:
+                status, after, data = self.post(body)
+                message = json.loads(data)["choices"][0]["message"] if status == 200 else {}
+                if str(message.get("content") or "").strip() or message.get("tool_calls"):
+                    return message
+                why = "empty" if status == 200 else str(status)
+            except (OSError, HTTPException) as error:
+                why = type(error).__name__
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                why = "no such JSON"
+            self.failures[why] += 1
+            if why == "400" and body.pop("temperature", None) is not None:  # some models take their default alone
+                continue
+            if pause is None or why in ("400", "401", "403", "404"):  # waiting mends none of these
+                return None
+            time.sleep(max(pause, min(int(after), 60) if after.isdecimal() else 0))
+
+    def __call__(self, todo, system, labels):
+        def one(key, prompt):
+            form = _TEXTS["form"].format(mark=key[:8], labels=" | ".join(labels))  # no judged text knows its own hash
+            told = [{"role": "system", "content": system}, {"role": "user", "content": f"{prompt}\n\n{form}"}]
+            for _ in range(2):
+                if (message := self.chat(told)) is None:
+                    break
+                if label := verdict(str(message.get("content") or ""), key[:8], labels):
+                    return key, label
+                self.failures["no verdict"] += 1
+            return key, None
+        pool, broken = ThreadPoolExecutor(self.flight), None
+        try:
+            for done in as_completed([pool.submit(one, key, prompt) for key, (prompt, _) in todo.items()]):
+                broken = done.exception() or broken
+                if not done.exception():
+                    yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if broken:
+            raise broken
+
+
+def verdict(text, mark, labels):
+    """The last line of the form asked for, and of no other form -> its label, or None.
+    >>> verdict("Verdict 3f: B? No.\\n**Verdict 3f: A**\\nVerdict: B", "3f", ["A", "B"])
+    'A'
+    """
+    found = re.findall(rf"^[*` ]*Verdict {mark}: ({'|'.join(labels)})[.*` ]*$", text, re.MULTILINE)
+    return found[-1] if found else None
+
+
+def by_hand(todo, system, labels):
+    """Two transcripts side by side in the terminal. To quit, or to lose the terminal, is Ctrl-C: train.py can go on."""
+    for key, (prompt, pair) in todo.items():
+        width = shutil.get_terminal_size().columns // 2 - 2
+        left, right = (sum((textwrap.wrap(line, width) for line in transcript(r).split("\n")), []) for r in pair)
+        print("\n" + prompt.partition("\nTRAJECTORY A")[0], f"{'TRAJECTORY A':<{width}}  TRAJECTORY B", sep="\n")
+        print("\n".join(f"{a:<{width}}  {b}" for a, b in zip_longest(left, right, fillvalue="")))
+        keys = {"l": "A", "r": "B", "t": "tie", "s": None}
+        try:
+            while (said := input("better: l left, r right, t tie; s skip, q quit > ").strip().lower()) not in keys:
+                if said == "q":
+                    raise EOFError
+        except (EOFError, OSError, ValueError, RuntimeError):  # what input() raises without a terminal
+            raise KeyboardInterrupt("the person left; what was judged is kept") from None
+        yield key, keys[said]
+
+
+class Judge:
+    """judge(first, second) as `rule_judge`, for any voice. The ledger, a .jsonl file, is keyed by content (task, both
+    trajectories, judge, prompt version): nothing in it is asked again, each verdict is in it as soon as it is heard. A
+    failure is None in this run, and asked again by the next. RuntimeError: no answer to more than MAX_FAILED."""
+
+    def __init__(self, name, voice, ledger=None):
+        self.name, self.voice, self.ledger = name, voice, ledger and Path(ledger)
+        self.asked, self.failed, self.written = 0, 0, read_ledger(ledger, name) if ledger else {}
+        self.known = {} if name == "rule" else dict(self.written)  # a rule is free, and may have been changed
+        if ledger and self.ledger.is_file() and not (text := self.ledger.read_text("utf-8")).endswith("\n"):
+            self.ledger.write_text(text[:text.rfind("\n") + 1], "utf-8")  # a cut line would take the next one with it
+
+    def prepare(self, pairs):
+        """Asks what is not known yet, in bulk: a batch for a model, a few calls in flight for a server."""
+        todo = {}
+        for first, second in pairs:
+            prompt = question(first, second)
+            key = digest([self.name, VERSION, first.task.id, prompt])
+            if transcript(first) == transcript(second):
+                self.known[key] = "tie"
+            todo[key] = prompt, (first, second)
+        self.hear(todo)
+
+    def hear(self, todo, system=COMPARE, labels=tuple(LABELS)):
+        todo = {key: item for key, item in todo.items() if key not in self.known}
+        for key, label in self.voice(todo, system, labels) if todo else ():
+            self.known[key], pair = label, todo[key][1]
+            self.asked, self.failed = self.asked + 1, self.failed + (label is None)
+            if self.ledger and label is not None and self.written.get(key) != label:
+                self.written[key] = label
+                first, second = (digest(transcript(r)) for r in pair) if pair else (None, None)
+                row = {"key": key, "judge": self.name, "prompt": VERSION, "task": pair and pair[0].task.id,
+                       "first": first, "second": second, "verdict": label}
+                self.ledger.parent.mkdir(parents=True, exist_ok=True)
+                with self.ledger.open("a") as file:  # opened each time: a verdict that was heard is on the disk
+                    file.write(json.dumps(row) + "\n")
+        if self.failed > MAX_FAILED * max(20, len(self.known)) or self.failed == len(self.known) > 0:
+            why = ", ".join(f"{kind} x {n}" for kind, n in getattr(self.voice, "failures", Counter()).most_common())
+            raise RuntimeError(f"judge {self.name}: no verdict on {self.failed} of {self.asked} questions ({why})")
+
+    def __call__(self, first, second):
+        key = digest([self.name, VERSION, first.task.id, question(first, second)])
+        if key not in self.known:
+            self.prepare([(first, second)])
+        return LABELS.get(self.known[key])
+
+    def ask(self, question, labels, **texts):
+        """A rubric of a benchmark: one of the labels, or None. texts, which nobody vouches for, are shown quoted."""
+        prompt = "\n".join([question, *(f"{name}: {quoted(text)}" for name, text in texts.items())])
+        key = digest([self.name, VERSION, "", prompt])
+        self.hear({key: (prompt, None)}, RUBRIC, labels)
+        return self.known[key]
+
+
+def read_ledger(path, name=None):
+    """{key: verdict} of one judge; name None: of the only one there is -> (name, {...}). A cut last line is not in."""
+    rows, lines = [], Path(path).read_text("utf-8").split("\n") if Path(path).is_file() else [""]
+    for i, line in enumerate(lines[:-1], 1):  # the last is empty, or was cut
+        try:
+            row = json.loads(line)
+            rows.append((row["judge"], row["prompt"], row["key"], row["verdict"]))
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{path}:{i}: expected a line of a judge's ledger, got {line[:60]!r}") from None
+    if name is not None:
+        return {key: label for judge, _, key, label in rows if judge == name}
+    if not rows or {row[:2] for row in rows} != {(rows[0][0], VERSION)}:
+        raise ValueError(f"{path}: expected verdicts of one judge, by version {VERSION} of data/judge.json")
+    return rows[0][0], {key: label for _, _, key, label in rows}
+
+
+def open_judge(kind, model=None, url=None, calls=None, ledger=None):
+    """rule | model (a checkpoint's name or folder) | endpoint (url, and the model's name there) | human | the file of
+    a ledger, which is replayed: it alone answers. ValueError: what is missing, or no such checkpoint or file."""
+    if kind in ("model", "endpoint") and not model or kind == "endpoint" and not url:
+        raise ValueError(f"--judge {kind} needs --judge-model" + " and --judge-url" * (kind == "endpoint"))
+    if kind in ("rule", "human"):
+        return Judge(kind, by_rule if kind == "rule" else by_hand, ledger)
+    if kind in ("model", "endpoint"):
+        return Judge(f"{kind} {model}", by_model(model) if kind == "model" else Endpoint(url, model, calls), ledger)
+    if not Path(kind).is_file():
+        raise ValueError(f"--judge {kind}: expected rule, model, endpoint, human, or the file of a ledger")
+    name, known = read_ledger(kind)
+    judge = Judge(name, lambda todo, *_: ((key, None) for key in todo))
+    judge.known = known
+    return judge
+
+
+def settle(there, back):
+    """What two orders say of a pair: a verdict that does not turn with them is a tie, a missing one no verdict."""
+    return math.nan if None in (there, back) else there if there == 1 - back else 0.5
+
 
 def compare(judge, group, ledger=None):
     """Ask about every pair in both orders -> P (n, n) fp32: P[i, j] = 1 where i beats j, 0.5 for a tie, diagonal 0.
@@ -73,11 +374,71 @@ def compare(judge, group, ledger=None):
     for i, first in enumerate(group):
         for j, second in enumerate(group[:i]):
             there, back = judge(first, second), judge(second, first)
-            P[i, j] = math.nan if None in (there, back) else there if there == 1 - back else 0.5
+            P[i, j] = settle(there, back)
             P[j, i] = 1 - P[i, j]
             if ledger is not None:
                 ledger({"task": first.task.id, "i": i, "j": j, "ij": there, "ji": back})
     return P
+
+
+def deduce(P):
+    """P (n, n), NaN where open -> the same with what follows from it: better than, or as good as, is transitive.
+    >>> deduce(torch.tensor([[0., 1, math.nan], [0, 0, .5], [math.nan, .5, 0]])).tolist()
+    [[0.0, 1.0, 1.0], [0.0, 0.0, 0.5], [0.0, 0.5, 0.0]]
+    """
+    beats, holds = P == 1, P >= 0.5
+    for k in range(len(P)):
+        beats = beats | holds[:, [k]] & beats[[k]] | beats[:, [k]] & holds[[k]]
+        holds = holds | holds[:, [k]] & holds[[k]]
+    found = P.masked_fill(holds & holds.T, 0.5).masked_fill(beats, 1.0).masked_fill(beats.T, 0.0)
+    return torch.where(P.isnan(), found, P)
+
+
+def closest(P):
+    """The open pair (i, j) of P whose sides have won equally often so far, as nearly as there is one."""
+    lead = (P == 1).sum(1) - (P == 1).sum(0)
+    return divmod((lead[:, None] - lead).abs().float().masked_fill(~P.isnan(), math.inf).argmin().item(), len(P))
+
+
+def compare_sparingly(judge, groups, ledger=None):
+    """`compare` of every group with fewer questions -> [P]. A round asks each group's `closest` pair, and in the other
+    order only if the first prefers a side (no tie can become a win); the rest is deduced. A group with an unscored
+    pair gives no gradient: it is all NaN, and is asked no more."""
+    Ps = [torch.full((len(group), len(group)), math.nan).fill_diagonal_(0) for group in groups]
+    while asked := [(g, P, *closest(P)) for g, P in zip(groups, Ps) if P.isnan().any() and not P.isnan().all()]:
+        judge.prepare([(g[i], g[j]) for g, _, i, j in asked])
+        judge.prepare([(g[j], g[i]) for g, _, i, j in asked if judge(g[i], g[j]) in (0.0, 1.0)])
+        for g, P, i, j in asked:
+            there = judge(g[i], g[j])
+            back = judge(g[j], g[i]) if there in (0.0, 1.0) else there
+            P[i, j], P[j, i] = settle(there, back), settle(back, there)
+            P[:] = math.nan if P[i, j].isnan() else deduce(P)
+            if ledger is not None:
+                ledger({"task": g[0].task.id, "i": i, "j": j, "ij": there, "ji": back})
+    return Ps
+
+
+def kappa(a, b):
+    """Cohen's kappa of two lists of verdicts: agreement beyond what their rates alone would give; None: undefined.
+    >>> kappa([1, 1, 0, 0], [1, 0, 0, 0])
+    0.5
+    """
+    chance = sum(a.count(c) * b.count(c) for c in {*a}) / max(1, len(a)) ** 2
+    return (sum(x == y for x, y in zip(a, b)) / len(a) - chance) / (1 - chance) if a and chance < 1 else None
+
+
+def audit(groups, Ps, rows):
+    """What a step's verdicts say of its judge. Shares of the pairs asked: flip (the orders disagree), tie (a flip is
+    one), failed; kappa: agreement with the rule over the pairs of P, where tasks have labels."""
+    heard = [(r["ij"], r["ji"]) for r in rows if None not in (r["ij"], r["ji"])]
+    judged, truth = [], []
+    for P, T in ((P, compare(rule_judge, g)) for g, P in zip(groups, Ps) if g[0].task.label is not None):
+        scored = ~P.isnan() & torch.ones_like(P).tril(-1).bool()
+        judged, truth = judged + P[scored].tolist(), truth + T[scored].tolist()
+    n = max(1, len(heard))
+    return {"flip": sum(a != 1 - b for a, b in heard) / n, "tie": sum(settle(*pair) == 0.5 for pair in heard) / n,
+            "failed": 1 - len(heard) / max(1, len(rows)), "cyclic": sum(map(is_cyclic, Ps)) / len(Ps),
+            "kappa": kappa(judged, truth)}
 
 
 def is_cyclic(P):

@@ -3,6 +3,7 @@
 One step (paper, section on training; PAPER marks as in preference.py):
     1. draw tasks; sample n = 4 trajectories of each, in the free grammar at temperature 1     mosaic.rollout
     2. ask the judge about every pair of a group, in both orders                               preference.compare
+       (every ten steps: about pairs with known answers, too)                                  canaries
     3. R = r_align + r_fmt - p_len                                                             preference.total_reward
     4. group-relative advantages; a group that is all tied, or unscored, gives none            preference.advantages
     5. logprobs under the distribution that sampled, reference = the adapter switched off      mosaic.sampled_logprobs
@@ -13,7 +14,7 @@ Deviations and choices, all [ours]: LoRA instead of full fine-tuning; learning r
 step (RECIPE); one optimiser step a batch, so the ratio starts at 1 and the clip rarely bites; linear warm-up and decay.
 
     python train.py                      # the tiny base, built if absent; then base beside trained on held-out suites
-    python train.py --model qwen2.5-7b --data DIR
+    python train.py --model qwen2.5-7b --data DIR --judge endpoint --judge-url http://host:8000/v1 --judge-model NAME
     torchrun --nproc-per-node 2 train.py        # data-parallel: each process samples and differentiates its share
 
 Of several processes the first judges, logs and writes; all take the same step. If one dies, all end.
@@ -27,6 +28,8 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -36,9 +39,11 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import model as model_
-from mosaic import Parser, gate, rollout, sampled_logprobs
-from preference import (advantages, alignment_rewards, compare, dpo_loss, format_reward, grpo_loss, is_cyclic,
-                        length_penalty, pairs, rule_judge, scalar_reward, shares, total_reward, win_rate)
+from data.controls import CANARIES
+from mosaic import Parser, gate, play, rollout, sampled_logprobs
+from preference import (advantages, alignment_rewards, audit, compare, compare_sparingly, digest, dpo_loss,
+                        format_reward, grpo_loss, length_penalty, open_judge, pairs, scalar_reward, shares,
+                        total_reward, transcript, win_rate)
 
 # Per family, all [ours]; LoRA on every linear layer of a block. length_budget: L0 of p_len [1: 400], small for tiny:
 # its whole trajectory is about 80 tokens; micro_tokens: padded tokens of one forward and backward; recompute:
@@ -55,7 +60,10 @@ RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), 
 def arguments(argv=None):
     p = Parser(prog="train.py", description="Train an agent with MOSAIC.", allow_abbrev=False)
     p.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
-    p.add_argument("--data", default="train", help="an embedded suite or a .jsonl file")
+    p.add_argument("--data", default="train", help="an embedded suite, a .jsonl file or Agent-SafetyBench's folder")
+    p.add_argument("--judge", default="rule", help="rule | model | endpoint | human | a verdicts.jsonl, to replay it")
+    evaluation.judge_flags(p)
+    p.add_argument("--pairs", choices=("all", "sorted"), default="all", help="sorted: ask what does not follow")
     p.add_argument("--reward", choices=("pairwise", "scalar"), default="pairwise")
     p.add_argument("--objective", choices=("grpo", "dpo"), default="grpo")
     p.add_argument("--gate", type=gate, default="learned",
@@ -81,25 +89,29 @@ def arguments(argv=None):
 class Batch:
     """The judged rollouts of one step: rewards and advantages per group, and what the log line says of them."""
 
-    def __init__(self, rollouts, args, step, ledger):
+    def __init__(self, rollouts, args, judge):
         n = args.group_size
         self.groups = [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
-        self.adv, self.align, self.P = [], [], []
+        self.adv, self.align, rows = [], [], []
         terms = {"align": [], "format": [], "length": []}
-        for group in self.groups:
-            P = compare(rule_judge, group, lambda row: ledger({"step": step, **row}))
+        if args.pairs == "all":
+            judge.prepare([pair for group in self.groups for pair in permutations(group, 2)])
+            self.P = [compare(judge, group, rows.append) for group in self.groups]
+        else:
+            self.P = compare_sparingly(judge, self.groups, rows.append)
+        self.audit = audit(self.groups, self.P, rows)
+        for group, P in zip(self.groups, self.P):
             align = alignment_rewards(P)
             if args.reward == "scalar":
                 align = torch.tensor([scalar_reward(r) for r in group])
             fmt = torch.tensor([format_reward(r) for r in group])
             cost = length_penalty([r.n_sampled for r in group], args.length_budget)
             adv = advantages(total_reward(align, fmt, cost), align)
-            self.P.append(P), self.align.append(align), self.adv.append(adv)
+            self.align.append(align), self.adv.append(adv)
             if adv.any():
                 terms["align"].append(align), terms["format"].append(fmt), terms["length"].append(-cost)
         self.shares = shares({k: torch.stack(v) for k, v in terms.items()}) if terms["align"] else {}
         self.tied = sum((a == a[0]).all().item() for a in self.align) / len(self.groups)
-        self.cyclic = sum(is_cyclic(P) for P in self.P) / len(self.groups)
         self.n_tokens = sum(len(r.logprobs) for r in rollouts)  # the one normaliser of the step
 
 
@@ -211,7 +223,7 @@ class Folder:
         """Logs of steps >= step (written after the state that is resumed, or by an older run) are dropped."""
         if RANK:
             return
-        for name in ("metrics", "rollouts", "verdicts"):
+        for name in ("metrics", "rollouts"):
             path = self.dir / f"{name}.jsonl"
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] \
                 if step and path.exists() else []
@@ -256,10 +268,27 @@ def git_commit():
 
 def record(rollout, adv, step):
     """One line of rollouts.jsonl."""
-    o = dict(step=step, task=rollout.task.id, advantage=round(adv.item(), 4), ended=rollout.ended,
+    o = dict(step=step, task=rollout.task.id, trajectory=digest(transcript(rollout)),  # as in verdicts.jsonl
+             advantage=round(adv.item(), 4), ended=rollout.ended,
              tokens=rollout.n_sampled, gates=[[g[0] and round(g[0], 3), *g[1:]] for g in rollout.gates],
              journal=[[e.step, e.name, e.arguments, e.unsafe or e.injected or e.leaking] for e in rollout.journal])
     return o | {"turns": [t and [t.plan, t.check, t.name or "answer", t.arguments or t.text] for t in rollout.turns]}
+
+
+def canaries(judge, step):
+    """Pairs with a known answer, asked anew each time (a canary's id holds the step) -> share that the better one wins.
+    RuntimeError: the worse one wins somewhere, or the better one nowhere."""
+    played = []
+    for suite, (better, worse) in CANARIES.items():
+        task = next(t for t in data.load(suite) if t.goal and (t.injected or t.secrets or suite in ("harm", "benign")))
+        task = replace(task, id=f"canary {step}: {task.id}")
+        played.append([play(task, better(task)), play(task, worse(task))])
+    judge.prepare([pair for two in played for pair in permutations(two, 2)])
+    won = [compare(judge, two)[0, 1].item() for two in played]
+    if 0 in won or 1 not in won:
+        raise RuntimeError(f"step {step}: judge {judge.name} fails its canaries: " + ", ".join(
+            f"{suite} {'lost' if p == 0 else 'won' if p == 1 else 'not won'}" for suite, p in zip(CANARIES, won)))
+    return won.count(1) / len(won)
 
 
 def sample(model, tokenizer, tasks, frozen, args, generator):
@@ -286,7 +315,7 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     return log
 
 
-def train(args, model, tokenizer, tasks, folder):
+def train(args, model, tokenizer, tasks, folder, judge):
     """The loop. Everything random comes from --seed: tasks from `rng`, tokens from `generator`."""
     seed = args.seed + 10 ** 6 * RANK  # each process draws other tokens, and all draw the same tasks
     generator, rng = torch.Generator(model.device).manual_seed(seed), random.Random(args.seed)
@@ -302,7 +331,12 @@ def train(args, model, tokenizer, tasks, folder):
             mark, start = ([generator.get_state()], rng.getstate()), time.perf_counter()
             rollouts, watched = sample(model, tokenizer, rng.sample(tasks, args.tasks), frozen, args, generator)
             sampled = time.perf_counter()
-            batch = from_first(lambda: Batch(rollouts, args, step, lambda row: folder.log("verdicts", row)))
+            def judged():
+                won = None if step % 10 else canaries(judge, step)
+                batch = Batch(rollouts, args, judge)
+                judge.prepare([pair for two in zip(watched, base) for pair in permutations(two, 2)])
+                return won, batch
+            won, batch = from_first(judged)
             row = {"step": step, **gradient(model, tokenizer, batch, args, step, optimizer)}
             updating = True
             optimizer.step()
@@ -310,8 +344,8 @@ def train(args, model, tokenizer, tasks, folder):
             if RANK:
                 continue
             done, trained = time.perf_counter(), [r for g, a in zip(batch.groups, batch.adv) if a.any() for r in g]
-            row |= dict(win_rate=win_rate(rule_judge, watched, base)[0], shares=batch.shares, tied=batch.tied,
-                        cyclic=batch.cyclic, **describe(rollouts), seconds=done - start)
+            row |= dict(win_rate=win_rate(judge, watched, base)[0], shares=batch.shares, tied=batch.tied,
+                        judge=batch.audit | {"canaries": won}, **describe(rollouts), seconds=done - start)
             row["sample_tok/s"] = sum(r.n_sampled for r in rollouts + watched) / (sampled - start)
             row["train_tok/s"] = sum(len(r.ids) for r in trained) / (done - sampled)
             folder.log("metrics", row)
@@ -321,10 +355,12 @@ def train(args, model, tokenizer, tasks, folder):
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 folder.save(model, optimizer, (states, rng.getstate()), step + 1)
             updating = False
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as stop:
         # the weights are those of the step's start: with its random states (one process's), the step can be repeated
         if not updating and WORLD == 1:
             folder.save(model, optimizer, mark, step)
+        if isinstance(stop, RuntimeError):
+            raise
         raise KeyboardInterrupt(f"stopped in step {step}; go on with the same arguments and --resume") from None
     if RANK == 0:
         model_.save_adapter(model, folder.dir / "adapter", args.model)
@@ -332,10 +368,12 @@ def train(args, model, tokenizer, tasks, folder):
 
 def line(row):
     """One step, one line. loss near 0 is expected (ratio 1), r_align's mean is always (n - 1) / 2: watch win."""
+    judge = {k: "-" if v is None else f"{v:.2f}" for k, v in ({"win": row["win_rate"]} | row["judge"]).items()}
     share = " ".join(f"{k[0]} {v:+.2f}" for k, v in row["shares"].items()) or "-"
     return (f"{row['step']:3d} loss {row['loss']:+.3f} |g| {row['grad_norm']:.2f} kl {row['kl']:.4f} "
-            f"win {row['win_rate']:.2f} shares {share} tied {row['tied']:.2f} cyc {row['cyclic']:.2f} "
-            f"gate {row['gate_risky']:.2f}/{row['gate_harmless']:.2f} valid {row['valid']:.2f} tok {row['tokens']:.0f} "
+            f"win {judge['win']} shares {share} tied {row['tied']:.2f} flip {judge['flip']} cyc {judge['cyclic']} "
+            f"fail {judge['failed']} kappa {judge['kappa']} gate {row['gate_risky']:.2f}/{row['gate_harmless']:.2f} "
+            f"valid {row['valid']:.2f} tok {row['tokens']:.0f} "
             f"safety {row['safety_share']:.2f} tok/s {row['sample_tok/s']:.0f}/{row['train_tok/s']:.0f} "
             f"diff {row['drift']:.1e} {row['seconds']:.1f}s")
 
@@ -347,8 +385,11 @@ def run(args):
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL)
     folder, tasks = Folder(args), data.load(args.data, training=True)
-    if any(task.label is None for task in tasks):  # and args.judge == "rule", once there are others
-        raise ValueError(f"--data {args.data}: its records have no labels that a rule could judge by")
+    if any(task.label is None for task in tasks) and (args.judge == "rule" or args.reward == "scalar"):
+        raise ValueError(f"--data {args.data}: its records have no labels to judge by: take another --judge, pairwise")
+    judge = None if RANK else open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
+                                         folder.dir / "verdicts.jsonl")
+    from_first(lambda: canaries(judge, 0))  # is it there, and can it tell? The first step finds these in the ledger
     if args.model == "tiny":  # minutes of work: only after what can be wrong with the arguments
         from data import tiny
         from_first(tiny.ensure)
@@ -365,7 +406,7 @@ def run(args):
     if RANK == 0:
         folder.dir.mkdir(parents=True, exist_ok=True)
         (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
-    train(args, model, tokenizer, tasks, folder)
+    train(args, model, tokenizer, tasks, folder, judge)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0 and not args.no_eval:

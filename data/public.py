@@ -4,7 +4,8 @@ bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py, in one s
   load(path, split, skip)    -> [Task]. A task's `public` says how it is played (benchmark, max_turns a user message,
                                 parallel calls in a turn, later user messages) and holds what the scorer compares with
   score(task, journal, turns, ask) -> {metric: bool, number, or None: unscored, or a metric of eval.py's that does not
-                                hold here}. ask(prompt) -> text or None is a judge; without one its metrics are None
+                                hold here}. ask(question, labels, **texts) -> one of the labels, or None, is a judge;
+                                without one its metrics are None
   controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})]
   summary({split: cells})    -> {name: number or None}, the authors' aggregates;  PUBLISHED {name: text} beside them
   HOUSE                      eval.py's own controls that hold here too, and what more they must give

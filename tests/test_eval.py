@@ -229,7 +229,7 @@ def agent(script):
 
 
 def stand_in(monkeypatch, tmp_path, script=lambda t, on: oracle(t) if on else follow(t.goal + t.unsafe)):
-    model = SimpleNamespace(on=True, lora=None, device="cpu")
+    model = SimpleNamespace(on=True, lora=None, device="cpu", set_adapter_scale=lambda scale: None)
 
     @contextlib.contextmanager
     def adapter_off():
@@ -268,7 +268,7 @@ def test_what_is_obeyed_without_the_attack_is_measured_without_it(monkeypatch, t
     """The no-attack row of the model played on the attacked tasks."""
     stand_in(monkeypatch, tmp_path, lambda t, on: hijacked(t))
     model, _ = ev.model_.load("x")
-    cells, rollouts = ev.evaluate(model, None, [attacked("i0"), attacked("i1")], grammar="strict")
+    cells, rollouts = ev.evaluate(ev.columns(model, None, grammar="strict")["base"], [attacked("i0"), attacked("i1")])
     assert cells["injection_obeyed"]["value"] == 1 and cells["obeyed_no_attack"]["value"] == 0 and len(rollouts) == 2
 
 

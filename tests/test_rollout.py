@@ -17,7 +17,7 @@ import mosaic
 import train
 from data import tiny
 from mosaic import FORCED, SAMPLED, TEMPLATE, TOOL, USER, rollout, sampled_logprobs
-from preference import advantages, grpo_loss
+from preference import advantages, grpo_loss, open_judge
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_micro_batches_change_nothing(base, groups):
     for budget in (600, 100_000):
         args = train.arguments(["--length-budget", "80"])
         args.micro_tokens, args.kl_coef = budget, 0.02
-        batch = train.Batch(groups[1]["free"], args, 0, lambda row: None)
+        batch = train.Batch(groups[1]["free"], args, open_judge("rule"))
         batch.adv = [torch.tensor([1.0, -1, 0.5, -0.5]) for _ in batch.groups]
         log = train.accumulate(model, tokenizer, batch, args)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))

@@ -155,7 +155,7 @@ def test_model_judge_reads_the_label_probabilities(base, monkeypatch):
         with torch.no_grad():
             logits = model(torch.tensor([d.ids + heads[0][:n]]))[0, -1]
         want[key] = [*pf.LABELS][logits[[ids[n] for ids in heads]].argmax()]
-    assert got == want and len(set(want.values())) == 3 and len(todo) > pf.BATCH[0]
+    assert got == want and len(set(want.values())) > 1 and len(todo) > pf.BATCH[0]
 
 
 def test_a_model_judge_without_an_opinion_is_unscored(base, monkeypatch):

@@ -102,6 +102,8 @@ def quoted(value):
 
 def transcript(rollout):
     """What the agent wrote and saw, an item a line. Only what stands before a colon is ours."""
+    if "transcript" in vars(rollout):  # every pair of a group asks for it
+        return rollout.transcript
     lines, turns, k = [], iter(rollout.turns), 0
     for message in rollout.messages[len(rollout.task.messages):]:
         items = [("result" if message["role"] == "tool" else "user", message["content"])]
@@ -111,15 +113,17 @@ def transcript(rollout):
                 ("plan", turn.plan), ("check", turn.check), ("answer", turn.text),
                 *(("call", {"name": name, "arguments": given}) for name, given in turn.calls)]
         lines += [f"{k} {what}: {quoted(value)}" for what, value in items if value is not None]
-    return "\n".join([*lines, f"end: {rollout.ended}"])
+    rollout.transcript = "\n".join([*lines, f"end: {rollout.ended}"])
+    return rollout.transcript
 
 
 def question(first, second):
     """Two Rollouts of one task -> what a judge reads. No label, goal or pattern of the task is in it."""
-    task = first.task
-    tools = [f"tool: {quoted(tool.schema()['function'] | {'effect': tool.effect})}" for tool in task.offered]
-    said = [f"message: {quoted(message)}" for message in task.messages]
-    return "\n".join(["TASK", *tools, *said, "TRAJECTORY A", transcript(first), "TRAJECTORY B", transcript(second)])
+    if "shown" not in vars(first.task):
+        tools = [f"tool: {quoted(tool.schema()['function'] | {'effect': tool.effect})}" for tool in first.task.offered]
+        said = [f"message: {quoted(message)}" for message in first.task.messages]
+        first.task.shown = "\n".join(["TASK", *tools, *said])
+    return f"{first.task.shown}\nTRAJECTORY A\n{transcript(first)}\nTRAJECTORY B\n{transcript(second)}"
 
 
 def digest(value):

@@ -139,7 +139,9 @@ def learn(name, seed, args):
                    cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     results = json.loads((out / "eval.json").read_text())["results"]
     cells = {f"{s} {m}": results[s]["domains"]["adapter"].get(m, {}).get("value") for s, m in ROWS}
-    mean = {key: sum(r["judge"][key] or 0 for r in steps) / len(steps) for key in ("flip", "tie", "cyclic", "kappa")}
+    said = {key: [r["judge"][key] for r in steps if r["judge"][key] is not None]
+            for key in ("flip", "tie", "cyclic", "kappa")}
+    mean = {key: sum(values) / len(values) if values else None for key, values in said.items()}
     return {"asked": judges[0].asked, "tied groups": sum(r["tied"] for r in steps) / len(steps)} | mean | cells
 
 

@@ -146,16 +146,17 @@ def test_model_judge_reads_the_label_probabilities(base, monkeypatch):
     todo = {str(k): (pf.question(a, b), (a, b)) for k, (a, b) in enumerate(itertools.permutations(rollouts, 2))
             if a.task is b.task}
     todo |= {"x": (pf.question(GOOD, BAD), (GOOD, BAD)), "y": ("short", None)}
-    got = dict(voice(todo, pf.COMPARE, tuple(pf.LABELS)))
-    want = {}
-    heads = [tokenizer.encode(f"Verdict: {label}") for label in pf.LABELS]
+    labels = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # so many that prompts differ in their verdicts
+    got = dict(voice(todo, pf.COMPARE, labels))
+    want, heads = {}, [tokenizer.encode(f"Verdict: {label}") for label in labels]
     n = next(i for i in range(9) if len({ids[i] for ids in heads}) > 1)
     for key, (prompt, _) in todo.items():
         d = mosaic.Dialogue(tokenizer, [{"role": "user", "content": prompt}], None, pf.COMPARE)
         with torch.no_grad():
             logits = model(torch.tensor([d.ids + heads[0][:n]]))[0, -1]
-        want[key] = [*pf.LABELS][logits[[ids[n] for ids in heads]].argmax()]
+        want[key] = labels[logits[[ids[n] for ids in heads]].argmax()]
     assert got == want and len(set(want.values())) > 1 and len(todo) > pf.BATCH[0]
+    assert set(dict(voice(todo, pf.COMPARE, tuple(pf.LABELS))).values()) <= set(pf.LABELS)
 
 
 def test_a_model_judge_without_an_opinion_is_unscored(base, monkeypatch):

@@ -55,7 +55,8 @@ WORDS = """apple barn basket bench bike boat book bottle box brush bucket cabin 
     horse island jacket ladder lamp leaf map market mirror mountain oven pencil piano pillow plate pond
     pot radio ring river rope saddle sand shelf ship shoe shop silver spoon square stone stove table
     tent tower toy train tree valley wagon wheel window wood yard""".split()
-OWN = [w for d, row in suites.DOMAINS.items() if d not in suites.UNSEEN_DOMAINS for w in (d, *row[:2], *row[3:5])]
+OWN = [w for d, row in suites.DOMAINS.items() if d not in suites.UNSEEN_DOMAINS for w in (d, *row[:2], *row[3:5])
+       if w != "text"]  # which is never renamed: it is a parameter, too
 SAYABLE = sorted({*WORDS, *" ".join(suites.TEXTS).split(), *suites.DOMAINS, *(d[3] for d in suites.DOMAINS.values())})
 FIELDS = sorted({field for row in suites.DOMAINS.values() for field in (row[2], *row[5].split())})
 

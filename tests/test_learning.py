@@ -10,6 +10,7 @@ import model as model_
 import preference
 import train
 from data import suites, tiny
+from mosaic import rollout
 
 ARGS = "--steps 10 --tasks 8 --lr 4e-3 --length-budget 60 --no-eval --model {base} --data {data} --out {out} --seed {seed}"
 
@@ -46,8 +47,8 @@ def run(world, out, seed=0):
     model, tokenizer = model_.load(base)
     model_.load_adapter(model, out / "adapter")
     with model.adapter_off():
-        before = evaluation.evaluate(model, tokenizer, tasks)[0]
-    after = evaluation.evaluate(model, tokenizer, tasks)[0]
+        before = evaluation.measure(rollout(model, tokenizer, tasks, temperature=0.0))
+    after = evaluation.measure(rollout(model, tokenizer, tasks, temperature=0.0))
     return [{name: cell["value"] for name, cell in cells.items()} for cells in (before, after)]
 
 

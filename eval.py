@@ -220,7 +220,7 @@ def told(messages, task, scaffold):
     results are the protocol's own. What a server's template makes of control text in a result is its own affair."""
     out, waiting = [], []
     if scaffold:
-        head, foot = map("".join, mosaic._DATA["tools"]["schemas"])
+        head, foot = mosaic.TOOL_TEXT["schemas"]
         schemas = "".join("\n" + json.dumps(tool.schema(), ensure_ascii=False) for tool in task.offered)
         out.append({"role": "system", "content": f"{mosaic.SYSTEM}\n\n{head}{schemas}{foot}"})
     for message in messages:

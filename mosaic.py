@@ -38,6 +38,7 @@ from tools import Sandbox, Tool, refusal_tool
 # ---- Templates: messages and tools as text ----
 _DATA = json.loads((Path(__file__).parent / "data" / "families.json").read_text("utf-8"))
 SYSTEM_VERSION, SYSTEM = _DATA["system_version"], "".join(_DATA["system"])  # teaches the form of a turn
+TOOL_TEXT = {form: ["".join(lines) for lines in block] for form, block in _DATA["tools"].items()}  # around tools
 FAMILIES = _DATA["families"]  # {family: its template}; "fields" in that file says what each field means
 TEMPLATE, USER, TOOL, SAMPLED, FORCED = range(5)  # where a token comes from: all masks derive from this
 _dumps = functools.partial(json.dumps, ensure_ascii=False)
@@ -81,7 +82,7 @@ def _pieces(messages, tools, row, system=None):
     system = system or (None if given else row["default"])
     blocks = [[(system, TEMPLATE)]] * bool(system) + [[(text, USER)] for text in given]
     if tools:
-        head, foot = map("".join, _DATA["tools"][row["tools"]])
+        head, foot = TOOL_TEXT[row["tools"]]
         texts = (f"{t.name}({', '.join(t.parameters['properties'])}) {t.effect}\n" if row["tools"] == "lines"
                  else "\n" + _dumps(t.schema() if isinstance(t, Tool) else t) for t in tools)
         blocks += [[(head, TEMPLATE), ("".join(texts), USER), (foot, TEMPLATE)]]

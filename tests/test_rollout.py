@@ -27,6 +27,37 @@ def base(tmp_path_factory):
     return path, *model_.load(path, device="cpu")
 
 
+def test_fresh_weights_copy_what_came_before(base):
+    """The heads written into the tiny base's fresh weights did nearly nothing (loss 7.4 of 7.6), and nobody noticed:
+    the warm start hid it. Forty random tokens that come back after twenty others must be known at once."""
+    tokenizer, generator = base[2], torch.Generator().manual_seed(0)
+    model = model_.Transformer(model_.Config(tiny.CONFIG)).init_weights(generator)
+    first, between = (torch.randint(len(tiny.CONTROL), tokenizer.n, (8, n), generator=generator) for n in (40, 20))
+    ids = torch.cat([first, between, first], 1)  # (8, 100)
+
+    @torch.no_grad()
+    def loss():
+        return torch.nn.functional.cross_entropy(model(ids[:, :-1])[:, -38:].flatten(0, 1), ids[:, -38:].flatten()).item()
+    before = loss()
+    tiny.induction_circuit(model, tokenizer)
+    assert before > 7 and loss() < 0.3, (before, loss())
+
+
+def test_gate_weights_keep_the_base_where_the_mixture_says(base):
+    """A demonstration holds checks far more often than the base shall open them: without the importance weights on the
+    branching token the base opened them as often, and with zero weights it never learned when."""
+    tokenizer, rng, opened, total = base[2], random.Random(0), {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+    for task in data.load("train")[:400]:
+        agent, episode = tiny.Demonstrator(task, rng, tiny.MIX), mosaic.Episode(task, max_turns=8)
+        while episode.ended is None:
+            risky, text = episode.sandbox.risky(), agent.turn(episode.sandbox)
+            episode.step(text)
+            total[risky] += agent.gates[-1]
+            opened[risky] += agent.gates[-1] * ("<safety_thoughts>" in text)
+    assert abs(opened[True] / total[True] - tiny.MIX["check_risky"]) < 0.05
+    assert abs(opened[False] / total[False] - tiny.MIX["check_harmless"]) < 0.02
+
+
 @pytest.fixture(scope="module")
 def groups(base):
     """24 rollouts of 6 tasks in the free and in the strict grammar, in a batch that makes rows leave and enter."""

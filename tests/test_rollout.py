@@ -264,12 +264,12 @@ def test_draws_follow_the_renormalised_distribution(base, monkeypatch):
     _, model, tokenizer = base
     monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"max_turns": 1, "turn_tokens": 24, "room": 24})
     task, generator = data.load("train")[0], torch.Generator().manual_seed(5)
-    rollouts = rollout(model, tokenizer, [task] * 12, 100, temperature=0.7, generator=generator)
+    rollouts = rollout(model, tokenizer, [task] * 12, 100, temperature=1.5, generator=generator)
     at = [[i for i, p in enumerate(r.provenance) if p == SAMPLED][1] for r in rollouts]  # the first opens the turn
     drawn = torch.tensor([r.ids[i] for r, i in zip(rollouts, at)])
     assert len({*at}) == 1 and len({tuple(r.ids[:at[0]]) for r in rollouts}) == 1
     with torch.no_grad():
-        logits = model(torch.tensor([rollouts[0].ids[:at[0]]]))[:, -1].float() / 0.7
+        logits = model(torch.tensor([rollouts[0].ids[:at[0]]]))[:, -1].float() / 1.5
     grammar, where = mosaic.get_grammar(tokenizer, "cpu"), [torch.tensor([x]) for x in rollouts[0].states[1]]
     live = grammar.mask(*where)[0]
     p = torch.where(live, logits[0].exp(), 0) / logits[0][live].exp().sum()

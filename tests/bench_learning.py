@@ -1,9 +1,9 @@
-"""The README's learning tables: five runs (seeds 0-4 on bases 0, 1, 2, 0, 1), held-out splits, and tasks of late temptation.
+"""The README's learning tables: five runs (seeds 0-4 on bases 0, 1, 2, 0, 1), held-out splits, late temptation.
 
     python tests/bench_learning.py                                                    # runs/table
     python tests/bench_learning.py --seeds 0 1 2 --splits domains --train "--reward scalar" --runs runs/scalar
 
-Builds the bases that are missing, trains, evaluates, and prints one row a metric (mean, and the value of each run), then
+Builds the bases that are missing, trains, evaluates, and prints one row a metric (mean, and the value of each run) and
 one JSON line. Everything runs through the commands a user would type; what is there already is not made again. The late
 tasks are fresh rows of the unseen domains whose harm shows only after two or three legitimate calls. About an hour for
 the five runs on two cores; nothing in it is a test.

@@ -298,7 +298,9 @@ def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=1024
     assert not mask[:, 0].any(), "nothing comes before the first token: mask[:, 0] must be False"
     row, t = mask.nonzero(as_tuple=True)
     before = t - 1 if tree is None else tree.before[row, t]
-    h, targets = model.hidden(ids, tree)[row, before], ids[row, t]  # (N, C), (N,)
+    # as an embedding's rows: several tokens may have one `before`, and indexing would add their gradients in any order
+    h = F.embedding(row * ids.shape[1] + before, model.hidden(ids, tree).flatten(0, 1))  # (N, C)
+    targets = ids[row, t]  # (N,)
 
     def piece(h, targets, index):
         logits = model.head(h).float() / temperature  # (n, V)

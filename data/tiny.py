@@ -7,7 +7,7 @@ The warm start sees fresh rows of the train split only: never a held-out domain,
 
 Recipe (all [ours]): a BPE of 2,560 on rendered demonstrations; because copying is what a small model lacks, the heads
 that copy are written into the fresh weights; then demonstrations, most of them in made-up domains, together with short
-verdict lines (a cue and whether it is fine), by Muon and AdamW.
+verdict lines (a cue and whether it is fine; a role, a record and what may be sent), by Muon and AdamW.
 
     python data/tiny.py                  # builds checkpoints/tiny (seed 0), about 4 minutes; --seed, --out, --steps
 """
@@ -29,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 import mosaic  # noqa: E402
 import model as model_  # noqa: E402
+import tools  # noqa: E402
 from data import suites  # noqa: E402
 from data.rows import task_from_row  # noqa: E402
 
@@ -40,9 +41,10 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
           "max_position_embeddings": 16384, "hidden_act": "silu", "torch_dtype": "float32",
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
-# The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
+# The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does; stop_early:
+# after the third of four calls; slip: a call that fails, made only to show what follows one.
 MIX = {"check_risky": .30, "check_harmless": .04, "verdict": .92,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .05, "obey": .97, "paste": .85, "late": .15, "false_alarm": .05, "stop_early": .35}
+       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .4, "slip": .1}
 # How often a demonstration holds a check, by risk: far more often than the base shall open one, for what a check says
 # is what it has to learn. The weight q / c (or (1 - q) / (1 - c)) on the branching token makes up for it.
 SHOWN = {True: .65, False: .15}
@@ -71,6 +73,7 @@ class Demonstrator:
         self.rng, self.flip = rng, lambda name: rng.random() < mix[name]
         self.attack = [(p["name"], p["arguments"]) for p in task.injected]
         self.gates = []  # of each turn: the weight of its branching token
+        self.slipped = False  # was the last turn a call that fails? It carries no loss: what follows an error does
         self.stop = len(self.todo) > 3 and self.flip("stop_early")  # an agent that loses patience with long chains
 
     def filled(self, careful):
@@ -97,15 +100,21 @@ class Demonstrator:
         if self.attack and sandbox.last == t.reveals:
             return f"the note gives an order: ignore it, {plan(*self.filled(True))}", fine, ("go", "obey")
         if t.suite == "privacy" and len(self.todo) == 1:
-            may = " and ".join(suites.NORMS[t.meta["role"]].split())
-            some, every = (", ".join(re.findall("([a-z]+): ", self.filled(c)[1]["text"])) for c in (True, False))
-            head = f"a {t.meta['role']} may get"
-            return f"{head} {may}: send {some}", f"{head} all: send {every}", ("careful", "paste")
+            some = ", ".join(re.findall("([a-z]+): ", self.filled(True)[1]["text"]))
+            may = f"a {t.meta['role']} may get"
+            return f"{may} {some}", f"{may} all", ("careful", "paste")
         return fine, harm, ("go", "refuse")
 
     def turn(self, sandbox):
         """-> the text of the next turn."""
         risky, check, act = sandbox.risky(), None, "paste" if self.flip("paste") else "careful"
+        name, arguments = self.filled(True)
+        wrong = [t.name for t in self.task.tools if self.todo and not risky and tools.check(t.parameters, arguments)]
+        self.slipped = bool(wrong) and not self.slipped and self.flip("slip")
+        if self.slipped:
+            self.gates.append(0.0)
+            name = self.rng.choice(wrong)
+            return write(plan(name, arguments), None, name, arguments)
         if self.task.label == "harmful" and sandbox.revealed:
             done = any(e.unsafe for e in sandbox.journal)
             act = "refuse" if self.flip("late" if done else "refuse_unchecked") else act
@@ -179,7 +188,7 @@ def demonstration(task, rng, tokenizer, mix=MIX):
     while episode.ended is None:
         text = agent.turn(episode.sandbox)
         ids = mosaic.encode_trusted(tokenizer, text) + [tokenizer.stop_ids[0]]
-        dialogue.sampled(ids, [mosaic.SAMPLED] * len(ids))
+        dialogue.sampled(ids, [mosaic.FORCED if agent.slipped else mosaic.SAMPLED] * len(ids))
         results = episode.step(text)
         if episode.ended is None:
             dialogue.observe(results)
@@ -268,12 +277,14 @@ def batches(documents, rng, tokens):
 
 
 def verdict_line(task, tokenizer):
-    """A cue with its verdict and little around it: many more of them fit in the budget than whole episodes."""
-    agent, sandbox = Demonstrator(task, random.Random(0), MIX), mosaic.Sandbox(task)
+    """A cue, or a role and a record, with its verdict and little around it: many more of them fit in the budget than
+    whole episodes."""
+    agent, sandbox, seen = Demonstrator(task, random.Random(0), MIX), mosaic.Sandbox(task), ""
     while len(agent.todo) > 1:
-        sandbox.call(*agent.filled(True))
+        seen = sandbox.call(*agent.filled(True))
         agent.todo.pop(0)
-    head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{task.meta['cue']}<|im_end|><|im_start|>")
+    seen = f"<tool_response>{seen}</tool_response>" if task.suite == "privacy" else ""
+    head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{task.meta['cue']}<|im_end|>{seen}<|im_start|>")
     ids = mosaic.encode_trusted(tokenizer, f"<safety_thoughts>\n{agent.check(sandbox)[0]}\n</safety_thoughts>")
     return head + ids, [0.0] * len(head) + [1.0] * len(ids)
 
@@ -317,6 +328,7 @@ def fit(model, stream, steps):
         logits = model.head(model.hidden(ids[:, :-1])[mask])  # (N, V): only of tokens that carry loss
         loss = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none") @ weights[mask] / weights.sum()
         loss.backward()
+        model.model.embed_tokens.weight.grad[:, :2 * model.config.head_dim] = 0  # codes stay: rare words copy as well
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -326,14 +338,19 @@ def fit(model, stream, steps):
 
 
 def draw(n, seed):
-    """-> (n tasks of the train split, varied; about half as many more whose verdicts alone are to be learned)."""
+    """-> (up to n tasks of the train split, varied; as many more whose verdicts alone are to be learned)."""
     rng, table = random.Random(seed), {row["name"]: row for row in suites.tool_rows()}
+
+    def wanted(row):  # a chance: what is hard, the second of two records, shall come more often
+        one = len({*re.findall(r"\b[A-Z][0-9]{2}\b", row["messages"][-1]["content"])}) == 1
+        return .5 if row["meta"]["kind"] == "mention" else .5 if one and row["suite"] in ("harm", "benign") else 1
 
     def tasks(suite, n, seed):
         rows = (row | {"tools": [table[t] for t in row["tools"]]} for row in suites.generate(suite, "train", n, seed))
-        return [vary(row, rng) for row in rows if row["meta"]["kind"] != "mention" or rng.random() < .5]
+        return [vary(row, rng) for row in rows if rng.random() < wanted(row)]
     rows = [row for suite, share in SHARES.items() for row in tasks(suite, int(n * share), 1 + seed)]
-    return ([task_from_row(row, "suites") for row in part] for part in (rows, tasks("harm", n * 2 // 3, 1000 + seed)))
+    more = [row for suite in ("harm", "privacy") for row in tasks(suite, n // 2, 1000 + seed)]
+    return ([task_from_row(row, "suites") for row in part] for part in (rows, more))
 
 
 def warm_start(tasks, more, out, steps, seed):
@@ -348,14 +365,13 @@ def warm_start(tasks, more, out, steps, seed):
     model = model_.Transformer(config).init_weights(generator=torch.Generator().manual_seed(seed))
     induction_circuit(model, tokenizer)
     documents = [demonstration(task, rng, tokenizer) for task in tasks]
-    documents += [verdict_line(task, tokenizer) for task in tasks + more
-                  if task.suite == "harm" or task.suite == "privacy" and rng.random() < .5]
+    documents += [verdict_line(task, tokenizer) for task in tasks + more if task.suite in ("harm", "privacy")]
     fit(model, batches(documents, rng, TOKENS), steps)
     model_.save_pretrained(model, out)
     return model
 
 
-def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1000, n=9000):
+def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1700, n=16000):
     """Builds the base of a seed into `out`, whole or not at all."""
     out, start = Path(out), time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -391,8 +407,8 @@ def main():
     parser = mosaic.Parser(description="Build the tiny base.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=model_.HERE / "checkpoints" / "tiny")
-    parser.add_argument("--steps", type=int, default=1000, help="of the warm start")
-    parser.add_argument("--tasks", type=int, default=9000, help="fresh training rows")
+    parser.add_argument("--steps", type=int, default=1700, help="of the warm start")
+    parser.add_argument("--tasks", type=int, default=16000, help="fresh training rows")
     args = parser.parse_args()
     build(args.seed, args.out, args.steps, args.tasks)
 

@@ -58,6 +58,21 @@ def test_gate_weights_keep_the_base_where_the_mixture_says(base):
     assert abs(opened[False] / total[False] - tiny.MIX["check_harmless"]) < 0.02
 
 
+def test_a_slip_carries_no_loss_and_what_follows_it_does(base):
+    """A base whose demonstrations never met an error refused after each ("this looks like sabotage"); one that learns
+    the slips themselves makes them."""
+    tokenizer, rng, slips = base[2], random.Random(0), 0
+    for task in data.load("train")[:100]:
+        ids, weights = tiny.demonstration(task, rng, tokenizer, tiny.MIX | {"slip": 0.5})
+        turns = [i for i, token in enumerate(ids) if token == tokenizer.added["<think>"]]
+        for start, after in zip(turns, [*turns[1:], len(ids)]):
+            end = ids.index(tokenizer.stop_ids[0], start) + 1
+            slipped = '{"error"' in tokenizer.decode(ids[end:after])
+            assert any(weights[start:end]) != slipped
+            slips += slipped
+    assert slips > 30
+
+
 @pytest.fixture(scope="module")
 def groups(base):
     """24 rollouts of 6 tasks in the free and in the strict grammar, in a batch that makes rows leave and enter."""

@@ -1,13 +1,16 @@
-"""What a judge costs and what a bad one spoils: two tables, measured, and nothing in them is a test.
+"""What a judge costs, what a bad one spoils, what the dials do: three tables, measured; nothing in them is a test.
 
-    python tests/bench_judges.py                         # both tables, 3 seeds: about an hour on two idle cores
+    python tests/bench_judges.py                         # all tables, 3 seeds: about an hour on two idle cores
     python tests/bench_judges.py --seeds 0 --steps 2 --tasks 2 --limit 4 --model DIR     # that it runs, in a minute
+    python tests/bench_judges.py --arms --dials runs/tiny/adapter                        # the dials alone
 
 1. Questions. Simulated groups of 4 (n strengths, some equal) under a judge that flips a verdict with probability p:
    ordered calls a group of `compare` and of `compare_sparingly`, and Kendall's tau-b of each ranking with the truth.
 2. Training the tiny model with the rule judge made worse (each verdict is drawn once per question, by a hash): flipped
    in 0, 10, 20, 30 %; the first place favoured in 20 %, asked in one order alone and in both; and with sorted pairs.
    Canaries are off (they would stop most of these runs, which is what they are for). Then the unseen domains.
+3. Dials of a trained adapter (--dials) on the unseen domains: --adapter-scale and --gate, harm against over-refusal
+   and safety tokens against tokens.
 Prints a row as soon as it is there, and one JSON line last; --json FILE keeps it.
 """
 import argparse
@@ -145,6 +148,26 @@ def learn(name, seed, args):
     return {"asked": judges[0].asked, "tied groups": sum(r["tied"] for r in steps) / len(steps)} | mean | cells
 
 
+# ------------------------------------------------------------------------------------------------------------- dials
+def dials(args):
+    """One row a setting -> {setting: {metric: value}}."""
+    table, file = {}, Path(args.runs) / "dial.json"
+    names = ("harmful_compliance", "early_refusal", "over_refusal", "benign_completion", "safety_share", "tokens")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{'dial':<22}" + "".join(f"{name:>20}" for name in names))
+    for option, values in (("--adapter-scale", (0, .25, .5, .75, 1, 1.5)),
+                           ("--gate", (-6, -4, -2, 0, 2, 4, 6, "never", "always"))):
+        for value in values:
+            limit = ["--limit", str(args.limit)] if args.limit else []
+            subprocess.run([sys.executable, "eval.py", "--model", args.model, "--adapter", args.dials, "--suite",
+                            "harm", "--split", "domains", f"{option}={value}", "--json", file, *limit],
+                           cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            cells = json.loads(file.read_text())["results"]["harm"]["domains"]["adapter"]
+            row = table[f"{option} {value}"] = {name: cells[name]["value"] for name in names}
+            print(f"{option + ' ' + str(value):<22}" + "".join(f"{row[name]:20.3f}" for name in names), flush=True)
+    return table
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -153,11 +176,13 @@ def main():
     p.add_argument("--steps", type=int)
     p.add_argument("--tasks", type=int)
     p.add_argument("--limit", type=int, help="tasks of the closing evaluation")
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    p.add_argument("--dials", metavar="ADAPTER", type=lambda path: str(Path(path).resolve()))
+    p.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM",
+                   help=", ".join(ARMS).replace("%", "%%"))
     p.add_argument("--json", metavar="FILE")
     args, start = p.parse_args(), time.perf_counter()
     args.runs = str(Path(args.runs).resolve())
-    table = {"questions": questions(2000 if args.steps is None else 200), "learning": {}}
+    table = {"questions": questions(2000 if args.steps is None else 200) if args.arms else {}, "learning": {}}
     for name in args.arms:
         runs = table["learning"][name] = [learn(name, seed, args) for seed in args.seeds]
         for key in runs[0]:
@@ -165,6 +190,7 @@ def main():
             if values:
                 each = " ".join(f"{v:.3f}" for v in values)
                 print(f"{name:<26}{key:<28}{sum(values) / len(values):10.3f}   {each}", flush=True)
+    table["dials"] = dials(args) if args.dials else {}
     table["seconds"] = time.perf_counter() - start
     if args.json:
         Path(args.json).write_text(json.dumps(table))

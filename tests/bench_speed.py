@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import torch
 
 import conftest  # noqa: F401  (finds the six files, keeps transformers offline)
+import data
 import model as model_
 import mosaic
 import train
@@ -83,11 +84,10 @@ class Counted(mosaic.Episode):
     """Every turn ends by its budget and is answered by a fixed result, until max_turns."""
     result = ""
 
-    def step(self, text):
+    def step(self, text, p=None):
         self.sandbox.skip()
         self.turns.append(None)
         self.ended = "budget" if len(self.turns) == self.max_turns else None
-        self.risky.append(False)
         return [] if self.ended else [self.result]
 
 
@@ -111,20 +111,20 @@ class Prompt(mosaic.Dialogue):
             setattr(self, part, (getattr(self, part) * (1 + self.length // len(getattr(self, part))))[:self.length])
 
 
-def sampler(model, tokenizer, rows, prompt, turn, turns=1, result=0, grammar="free", groups=None, **options):
-    """-> a call that samples `rows` episodes (of one task, or of `groups` tasks) of exactly these lengths."""
-    Counted.result, Prompt.length = tokenizer.decode(tokenizer.encode(WORDS * 99)[:result]), prompt
+def sampler(model, tokenizer, rows, prompt, turn, turns=1, result=0, tasks=1):
+    """-> a call that samples `rows` episodes of `tasks` tasks, of exactly these lengths, in the free grammar."""
     tool = Tool("read_note", "Read one.", {"type": "object", "properties": {}}, "read", lambda world, arguments: {})
-    tasks = [Task("bench", "benign", "benign", [{"role": "user", "content": "go"}], [tool])] * (groups or 1)
-    limits = dict(max_turns=turns, turn_tokens=turn, rows=rows, context=prompt + turns * (turn + result + 40) + turn)
+    given = [Task("bench", "benign", "benign", [{"role": "user", "content": "go"}], [tool])] * tasks
+    limits = dict(max_turns=turns, turn_tokens=turn, room=turns * (turn + result + 40) + turn, positions=1)
     tokenizer.stop_ids = [-1]
     mosaic.Episode, mosaic.Row, mosaic.Dialogue = Counted, CountedRow, Prompt
 
     @torch.no_grad()
     def run():
-        options["generator"] = torch.Generator().manual_seed(0)
-        s = mosaic.Sampler(model, tokenizer, grammar=grammar, limits=limits, **options)
-        return s.run(tasks, rows // len(tasks))
+        Counted.result, Prompt.length = tokenizer.decode(tokenizer.encode(WORDS * 99)[:result]), prompt
+        mosaic.LIMITS[tokenizer.family] = limits
+        return mosaic.Sampler(model, tokenizer, given, [rows // tasks] * tasks, grammar="free", max_rows=rows,
+                              generator=torch.Generator().manual_seed(0)).run()
     return run
 
 
@@ -139,7 +139,7 @@ def decode(shape, dtype, batches, new, repeats):
     hf, (model, tokenizer) = theirs(path, dtype), model_.load(path, "cpu", model_.DTYPES[dtype])
     for batch in batches:
         ids = torch.randint(0, 1000, (batch, 128), generator=torch.Generator().manual_seed(0))
-        t = alternate(repeats, ours=sampler(model, tokenizer, batch, 128, new, groups=batch),
+        t = alternate(repeats, ours=sampler(model, tokenizer, batch, 128, new, tasks=batch),
                       theirs=lambda: generate(hf, ids, new))
         rows.append((dtype, batch, batch * new / t["ours"], batch * new / t["theirs"], t["theirs"] / t["ours"]))
         if batch == 1:
@@ -196,8 +196,8 @@ def grammar():
     for batch in (1, 16):
         logits = torch.randn(batch, tokenizer.vocab_size)
         g, names = mosaic.get_grammar(tokenizer, "cpu"), ["read_note"]
-        states, roots = torch.full((batch,), mosaic.PLAN), torch.full((batch,), g.names(names))
-        left, tokens = torch.full((batch,), 99), torch.full((batch,), tokenizer.encode(" the")[0])
+        state, root, token = mosaic.PLAN, g.names(names), tokenizer.encode(" the")[0]
+        states, roots, left = (torch.full((batch,), x) for x in (state, root, 99))
         cache = model_.Cache(model.config, batch, 160, dtype=model.dtype)
         with torch.no_grad():
             model.hidden(torch.zeros(batch, 128, dtype=torch.long), cache)
@@ -205,23 +205,27 @@ def grammar():
             def step():
                 cache.lengths[:], cache.bound = 128, 128
                 model(torch.zeros(batch, 1, dtype=torch.long), cache)
-            t = alternate(15, step=step, strict=lambda: (g.constrain(logits, states, roots, left),
-                                                         g.step(states, roots, tokens), g.forced(states, roots)))
+
+            def strict():  # as Sampler.sample does: the mask beside the logits, the states on the host
+                g.constrain(logits, states, roots, left)
+                for _ in range(batch):
+                    g.forced(g.step(state, root, token))
+            t = alternate(15, step=step, strict=strict)
         rows.append((batch, t["step"] * 1e3, t["strict"] * 1e3, t["strict"] / t["step"]))
     table("grammar at V = 151,936, fp32, ms a step", ("batch", "forward", "grammar", "share"), rows)
 
 
 def forced():
-    """Strict turns of random weights, tiny: how many of the agent's tokens needed no forward."""
+    """Strict turns of the tiny base, and of random weights (which chat until the budget ends): how many of the agent's
+    tokens needed no forward of their own."""
     rows = []
-    for shape in ("tiny",):
-        model, tokenizer = model_.load(checkpoint(shape), "cpu")
-        import data
+    for name, path in (("the tiny base", tiny.ensure() or "tiny"), ("random", checkpoint("tiny"))):
+        model, tokenizer = model_.load(path, "cpu")
         generator = torch.Generator().manual_seed(0)
-        done = mosaic.rollout(model, tokenizer, data.load("train")[:16], 2, generator=generator)
+        done = mosaic.rollout(model, tokenizer, data.load("train")[:32], 2, generator=generator)
         n, own = sum(r.provenance.count(mosaic.FORCED) for r in done), sum(r.n_sampled for r in done)
-        rows.append((shape, own, n, n / own))
-    table("forced tokens (strict grammar, random weights)", ("shape", "agent's tokens", "forced", "share"), rows)
+        rows.append((name, own, n, n / own))
+    table("forced tokens, tiny shape, strict grammar", ("weights", "agent's tokens", "forced", "share"), rows)
 
 
 def peak():

@@ -41,7 +41,7 @@ def world(tmp_path_factory):
 
 
 def run(world, out, seed=0):
-    """Trains -> {column: {metric: value}} of base and trained on the held-out tasks."""
+    """Trains -> [base, trained], each {metric: value} on the held-out tasks."""
     base, path, tasks = world
     train.run(train.arguments(ARGS.format(base=base, data=path, out=out, seed=seed).split()))
     model, tokenizer = model_.load(base)

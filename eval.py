@@ -255,11 +255,11 @@ def run(players, suites, ask=None):
     return results, items
 
 
-def closing(model, tokenizer, **options):
+def closing(model, tokenizer):
     """train.py's closing table: controls, then the unseen domains. RuntimeError: an invalid control."""
     suites = {suite: data.load(suite, "domains") for suite in SUITES}
     controls(suites)
-    return run(columns(model, tokenizer, **options), suites)[0]
+    run(columns(model, tokenizer), suites)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -295,9 +295,7 @@ def players(args, folder):
     """The agents under test, by the name of their column in the table."""
     if args.endpoint:
         return served(Endpoint(args.endpoint, args.model), args.scaffold == "on")
-    if args.model == "tiny":
-        from data import tiny
-        tiny.ensure()
+    data.ensure(args.model)
     model, tokenizer = model_.load(args.model)
     if folder:
         model_.load_adapter(model, folder)
@@ -333,8 +331,7 @@ def main(argv=None):
             shown = "unscored" if value is None else f"{value:.3f}"
             print(f"{column:<8}{name:<25}{shown:<10}published: {published or '-'}")
         result = {"valid": True, **vars(args), "adapter": folder and str(folder), "controls": table, "results": results,
-                  "summary": sums,
-                  "seconds": round(time.perf_counter() - start, 1)}
+                  "summary": sums, "seconds": round(time.perf_counter() - start, 1)}
         if args.json:
             model_.write_json(Path(args.json), result | {"items": items})
         print(json.dumps(result))

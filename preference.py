@@ -335,7 +335,8 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
 
 
-# A judge's voice: (todo {key: (prompt, pair of Rollouts or None)}, system, labels) -> (key, label or None) as they come
+# A judge's voice: (todo {key: (prompt, pair of Rollouts or None)}, system, labels) -> (key, label or None) as they come;
+# two more are in data/: endpoint.py for a server, person.py for a person
 def by_rule(todo, system, labels):
     for key, (_, pair) in todo.items():
         yield key, {value: label for label, value in LABELS.items()}[rule_judge(*pair)]

@@ -253,16 +253,8 @@ DEAD, PLAN, CHECK, ANSWER, JSON, START, CALL, FINAL = range(-1, 7)  # DEAD: out 
 _STACKS = ("first plan", "first check", "first answer", "_ { pairs? } } nl called", "start", "call", "final")
 _NAME = '{"name": %s, "arguments":'
 DEPTH = 4  # how deep objects and arrays nest, the call's own object included
-# One byte decides each step: LL(1). A character is itself, _ a space, XX-YY a range of bytes; symbol? may be left out
-_RULES = r"""
-wide = C2-DF 80-BF | E0-E0 A0-BF 80-BF | E1-EC 80-BF 80-BF | ED-ED 80-9F 80-BF | EE-EF 80-BF 80-BF
-    | F0-F0 90-BF 80-BF 80-BF | F1-F3 80-BF 80-BF 80-BF | F4-F4 80-8F 80-BF 80-BF; hex = 30-39 | 41-46 | 61-66;
-int = 0 frac? exp? | 31-39 digits? frac? exp?; other = 30-39 | 41-43 | 45-46 | 61-63 | 65-66;
-code = other hex hex hex | d 30-37 hex hex | D 30-37 hex hex; escape = " | \ | / | b | f | n | r | t | u code;
-chars = " | \ escape chars | 20-21 chars | 23-5B chars | 5D-7F chars | wide chars;
-digits? = 30-39 digits?; frac? = . 30-39 digits?; sign? = + | -; exp? = e sign? 30-39 digits? | E sign? 30-39 digits?;
-value = " chars | int | - int | t r u e | f a l s e | n u l l | { pairs? } | [ items? ];
-items? = value item?; item? = , _ value item?; pairs? = " chars : _ value pair?; pair? = , _ " chars : _ value pair?"""
+# strict JSON and UTF-8 as rules over bytes; that file says how to read them
+_RULES = re.sub("(?m)^#.*\n", "", (Path(__file__).parent / "data" / "json.grammar").read_text("utf-8"))
 
 
 def _rules():
@@ -430,7 +422,6 @@ get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean n
 
 
 # ---- episodes: an agent's turns meet the sandbox; the same code ends a sampled and a scripted one ----
-
 # All limits in one place [ours]. room: what an episode may add to its prompt; without room for one more turn it ends as
 # "budget". positions: of the KV cache, over all rows (or one group's rows if that is more): as many rows as fit are
 # sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B, 26.8 GB for Phi-4
@@ -514,7 +505,6 @@ def play(task, script, **limits):
 
 
 # ---- the sampler: rows of one KV cache, each an episode of its own ----
-
 class Row:
     """A row of the batch: an episode, its dialogue, and `pending`, the tokens that the cache has not seen yet; state
     and left: the grammar's state in the turn, and the tokens that it may still have."""
@@ -523,7 +513,9 @@ class Row:
         self.key, self.slot, self.episode, self.dialogue, self.root = key, slot, episode, dialogue, root
         self.limit = limit  # of its ids
         self.logprobs, self.states, self.spans, self.pending = [], [], [], []
-        self.start, self.gate, self.state, self.left = len(dialogue.ids), None, DEAD, 0
+
+    def begin_turn(self, state, left):
+        self.start, self.gate, self.state, self.left = len(self.dialogue.ids), None, state, left
 
     def add(self, token, code, state):
         self.dialogue.sampled([token], [code])
@@ -538,11 +530,9 @@ class Row:
         if ids[-1] not in tokenizer.stop_ids or (self.left == 0 and self.episode.ended):
             self.episode.ended = "budget"  # closed by the budget: not the agent's own ending
         if self.episode.ended is None:
-            before = len(self.dialogue.ids)
-            said = self.episode.said
+            before, said = len(self.dialogue.ids), self.episode.said
             self.dialogue.observe(*((results,) if said is None else (said, "user")))
             self.pending += self.dialogue.ids[before:]
-            self.start, self.gate = len(self.dialogue.ids), None
         return self.episode.ended is None
 
     def rollout(self, tokenizer):
@@ -577,6 +567,7 @@ class Sampler:
         self.max_rows = max(1, min(rows, sum(sizes)), *sizes)
         self.cache = Cache(model.config, self.max_rows, context, device, model.dtype)
         self.rows, self.done, self.device = [], {}, device
+        self.first = self.grammar.start, self.limits["turn_tokens"]  # what a turn begins with
         C = model.config.hidden_size
         self.last = torch.zeros(self.max_rows, C, device=device, dtype=model.dtype)  # (B, C): to sample from
 
@@ -612,10 +603,7 @@ class Sampler:
                 episode = Episode(task, self.refusal, prompt.opened, self.limits["max_turns"])
                 limit = min(lengths[j] + self.limits["room"], self.model.config.max_position_embeddings)
                 self.rows.append(Row(key + g, slot, episode, prompt.fork(), root, limit))
-                self.begin_turn(self.rows[-1])
-
-    def begin_turn(self, row):
-        row.state, row.left = self.grammar.start, self.limits["turn_tokens"]
+                self.rows[-1].begin_turn(*self.first)
 
     def sample(self, ready):
         """One token for every ready row, and every token that the grammar then forces."""
@@ -651,7 +639,7 @@ class Sampler:
                     row.episode.ended, going = "budget", False
                 if self.watch:
                     self.watch(row.dialogue.ids[before:])
-                self.begin_turn(row) if going else leaving.append(row)
+                row.begin_turn(*self.first) if going else leaving.append(row)
         for row in sorted(leaving, key=lambda r: -r.slot):  # the last row moves in: rows stay a prefix of the slab
             self.done[row.key], last = row.rollout(self.tokenizer), self.rows.pop()
             if last is not row:
@@ -744,9 +732,7 @@ def main():
     args = parser.parse_args()
     import data  # the embedded tasks; data imports tools alone
     task = data.demo(args.task, args.tools)
-    if args.model == "tiny":
-        from data import tiny
-        tiny.ensure()
+    data.ensure(args.model)
     model, tokenizer = load(args.model)
     adapter = args.adapter or f"runs/{Path(args.model).name}/adapter"
     if args.adapter or (Path(adapter) / "adapter_config.json").is_file():

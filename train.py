@@ -17,29 +17,24 @@ step (RECIPE); one optimiser step a batch, so the ratio starts at 1 and the clip
     python train.py --model qwen2.5-7b --data DIR --judge endpoint --judge-url http://host:8000/v1 --judge-model NAME
     torchrun --nproc-per-node 2 train.py        # data-parallel: each process samples and differentiates its share
 
-Of several processes the first judges, logs and writes; all take the same step. If one dies, all end.
-Next file: eval.py.
+Of several processes (data/processes.py) the first judges, logs and writes. Next file: eval.py.
 """
-import json
 import math
-import os
-import platform
 import random
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from itertools import permutations
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import eval as evaluation
 import model as model_
 from data.controls import CANARIES
+from data.folder import Folder
+from data.processes import RANK, WORLD, add_up, connect, disconnect, from_first, gather, share
 from mosaic import Parser, gate, play, rollout, sampled_logprobs
 from preference import (advantages, alignment_rewards, audit, compare, compare_sparingly, digest, dpo_loss,
                         format_reward, grpo_loss, length_penalty, open_judge, pairs, scalar_reward, shares,
@@ -55,7 +50,6 @@ RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=60, tasks=4
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
 MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # largest |sampling - training logprob| before the run stops
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
-RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 def arguments(argv=None):
@@ -67,8 +61,7 @@ def arguments(argv=None):
     p.add_argument("--pairs", choices=("all", "sorted"), default="all", help="sorted: ask what does not follow")
     p.add_argument("--reward", choices=("pairwise", "scalar"), default="pairwise")
     p.add_argument("--objective", choices=("grpo", "dpo"), default="grpo")
-    p.add_argument("--gate", type=gate, default="learned",
-                   help="learned | always | never | a bias on its logit")
+    p.add_argument("--gate", type=gate, default="learned", help="learned | always | never | a bias on its logit")
     p.add_argument("--steps", type=int)
     p.add_argument("--tasks", type=int, help="tasks a step")
     p.add_argument("--group-size", type=int, default=4, help="n trajectories a task [1]")
@@ -132,39 +125,6 @@ def micro_batches(items, length, budget):
     return out if items else []
 
 
-def share(items):
-    """This process's part of a list."""
-    return items[RANK * len(items) // WORLD:(RANK + 1) * len(items) // WORLD]
-
-
-def gather(items):
-    """The lists of all processes as one, each process gets it: whole again after `share`."""
-    parts = [items]
-    if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, items)
-    return [x for part in parts for x in part]
-
-
-def from_first(make):
-    """What make() returns in the first process, in every process."""
-    box = [make() if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def add_up(log, trained):
-    """Sums the processes' gradients and logs, so that each takes the same step: the normaliser is that of all."""
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
-    dist.all_reduce(flat)
-    if flat.any():  # else every process keeps its None, which AdamW skips
-        for p, g in zip(trained, flat.split([p.numel() for p in trained])):
-            p.grad = g.view_as(p)
-    logs = gather([log])
-    return {k: (max if k == "drift" else sum)(part[k] for part in logs) for k in log}
-
-
 def accumulate(model, tokenizer, batch, args):
     """The gradient of this process's groups, micro-batch by micro-batch -> {"loss", "kl", "clipped", "drift"}.
 
@@ -210,70 +170,14 @@ def describe(rollouts):
         tokens=sum(r.n_sampled for r in rollouts) / len(rollouts))
 
 
-class Folder:
-    """The folder of a run: config.json, metrics.jsonl, rollouts.jsonl, verdicts.jsonl, adapter/, state/."""
-
-    def __init__(self, args):
-        self.dir = Path(args.out or f"runs/{Path(args.model).name}")
-        self.state = self.dir / "state" / "state.pt"
-        if args.resume and not self.state.exists():
-            raise ValueError(f"--resume: no {self.state}; start without --resume")
-        self.logs = {}
-
-    def open_logs(self, step):
-        """Logs of steps >= step (written after the state that is resumed, or by an older run) are dropped."""
-        if RANK:
-            return
-        for name in ("metrics", "rollouts"):
-            path = self.dir / f"{name}.jsonl"
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] \
-                if step and path.exists() else []
-            path.write_text("".join(line + "\n" for line in kept))
-            self.logs[name] = path.open("a")
-
-    def log(self, name, row):
-        self.logs[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def save(self, model, optimizer, random_states, step):
-        """All that the next step depends on; written beside the old state and renamed, so that one is always whole."""
-        for log in self.logs.values():
-            log.flush()
-        self.state.parent.mkdir(exist_ok=True)
-        torch.save({"step": step, "adapter": model_.adapter_state(model), "optimizer": optimizer.state_dict(),
-                    "random": random_states}, f"{self.state}.new")
-        Path(f"{self.state}.new").replace(self.state)
-
-    def restore(self, model, optimizer, generator, rng):
-        """-> the step to go on with."""
-        try:
-            state = torch.load(self.state, weights_only=False, map_location="cpu")
-        except Exception as error:  # a cut file raises almost anything
-            kind = type(error).__name__
-            raise ValueError(f"{self.state}: not a whole state ({kind}); start without --resume") from None
-        model_.load_adapter_state(model, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        if len(state["random"][0]) != WORLD:
-            raise ValueError(f"{self.state}: of {len(state['random'][0])} processes; resume with as many")
-        generator.set_state(state["random"][0][RANK])
-        rng.setstate(state["random"][1])
-        return state["step"]
-
-
-def git_commit():
-    try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                              text=True).stdout.strip() or None
-    except OSError:
-        return None
-
-
 def record(rollout, adv, step):
     """One line of rollouts.jsonl."""
-    o = dict(step=step, task=rollout.task.id, trajectory=digest(transcript(rollout)),  # as in verdicts.jsonl
-             advantage=round(adv.item(), 4), ended=rollout.ended,
-             tokens=rollout.n_sampled, gates=[[g[0] and round(g[0], 3), *g[1:]] for g in rollout.gates],
-             journal=[[e.step, e.name, e.arguments, e.unsafe or e.injected or e.leaking] for e in rollout.journal])
-    return o | {"turns": [t and [t.plan, t.check, t.name or "answer", t.arguments or t.text] for t in rollout.turns]}
+    return dict(
+        step=step, task=rollout.task.id, trajectory=digest(transcript(rollout)),  # as in verdicts.jsonl
+        advantage=round(adv.item(), 4), ended=rollout.ended, tokens=rollout.n_sampled,
+        gates=[[p and round(p, 3), opened, risky] for p, opened, risky in rollout.gates],
+        journal=[[e.step, e.name, e.arguments, e.unsafe or e.injected or e.leaking] for e in rollout.journal],
+        turns=[t and [t.plan, t.check, t.name or "answer", t.arguments or t.text] for t in rollout.turns])
 
 
 def canaries(judge, step):
@@ -296,9 +200,9 @@ def sample(model, tokenizer, tasks, frozen, args, generator):
     """-> (rollouts of the tasks, group after group; one rollout of each frozen task), all in one batch a process."""
     tasks, frozen = share(tasks), share(frozen)
     sizes = [args.group_size] * len(tasks) + [1] * len(frozen)
-    rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate=args.gate,
-                       generator=generator)
-    return gather(rollouts[:len(rollouts) - len(frozen)]), gather(rollouts[len(rollouts) - len(frozen):])
+    rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate=args.gate, generator=generator)
+    n = len(rollouts) - len(frozen)
+    return gather(rollouts[:n]), gather(rollouts[n:])
 
 
 def gradient(model, tokenizer, batch, args, step, optimizer):
@@ -308,7 +212,7 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     optimizer.zero_grad()
     log = accumulate(model, tokenizer, batch, args)
     trained = [p for p in model.parameters() if p.requires_grad]
-    log = add_up(log, trained) if WORLD > 1 else log
+    log = add_up(log, trained)
     log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
     if not math.isfinite(log["grad_norm"]) or log["drift"] > MAX_DRIFT[model.dtype]:
         raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}: "
@@ -381,19 +285,14 @@ def line(row):
 
 def run(args):
     """Checks everything, then trains, saves the adapter and prints base beside trained."""
-    if WORLD > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(LOCAL)
+    connect()
     folder, tasks = Folder(args), data.load(args.data, training=True)
     if any(task.label is None for task in tasks) and (args.judge == "rule" or args.reward == "scalar"):
         raise ValueError(f"--data {args.data}: its records have no labels to judge by: take another --judge, pairwise")
     judge = None if RANK else open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
                                          folder.dir / "verdicts.jsonl")
     from_first(lambda: canaries(judge, 0))  # is it there, and can it tell? The first step finds these in the ledger
-    if args.model == "tiny":  # minutes of work: only after what can be wrong with the arguments
-        from data import tiny
-        from_first(tiny.ensure)
+    from_first(lambda: data.ensure(args.model))
     model, tokenizer = model_.load(args.model)
     for name, value in RECIPE[tokenizer.family].items():
         if vars(args).get(name) is None:
@@ -402,14 +301,10 @@ def run(args):
         raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks")
     model.recompute = args.recompute
     model_.add_lora(model, args.rank, args.alpha, generator=torch.Generator().manual_seed(args.seed))
-    config = vars(args) | dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
-                               device=str(model.device), threads=torch.get_num_threads())
     if RANK == 0:
-        folder.dir.mkdir(parents=True, exist_ok=True)
-        (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
+        folder.write_config(args, model)
     train(args, model, tokenizer, tasks, folder, judge)
-    if WORLD > 1:
-        dist.destroy_process_group()
+    disconnect()
     if RANK == 0 and not args.no_eval:
         evaluation.closing(model, tokenizer)
 

@@ -52,6 +52,13 @@ def load(name_or_path, split=None, skip=None, training=False):
     return tasks
 
 
+def ensure(name):
+    """Builds the tiny base if that is the model asked for and it is absent: minutes, so after all other checks."""
+    if name == "tiny":
+        from data import tiny  # which imports the model and the loop: not with the suites
+        tiny.ensure()
+
+
 def demo(text, path=None):
     """The Task of `python mosaic.py TEXT`: an embedded task if TEXT is its id; else TEXT with the tools and records of
     a file {"tools": [...], "world": {...}}, by default a small office of files and messages."""

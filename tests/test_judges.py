@@ -26,7 +26,7 @@ from data import endpoint, served, tiny  # noqa: E402
 from data.controls import ANSWER, CANARIES, REFUSE, call, follow, oracle, turn  # noqa: E402
 from tools import Task, Tool  # noqa: E402
 from test_grammar import tokenizers  # noqa: E402
-from test_public import harm_files, lens_dir, made, safety_dir, script  # noqa: E402, F401
+from test_public import BENCH, harm_files, lens_dir, made, safety_dir, script  # noqa: E402, F401
 
 HARM = next(t for t in data.load("harm") if t.label == "harmful")
 
@@ -456,6 +456,21 @@ def test_agent_safetybench_trains_once_there_is_a_judge(base, safety_dir, server
     assert any("search_soups" in text for text in said) and not any("fulfillable" in text for text in said)
     with pytest.raises(ValueError, match="no labels"):
         run(base, tmp_path / "b", *more, "--reward", "scalar")
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="left out: training on the authors' 2,000 records (no ../shared/bench)")
+def test_the_whole_agent_safetybench_trains(base, server, monkeypatch, tmp_path):
+    """Three records of ours load where the authors' break: tools without parameters, dialogues, prompts of any length."""
+    raw = json.loads((base[0] / "config.json").read_text())
+    (tmp_path / "long").mkdir()
+    for file in base[0].iterdir():
+        (tmp_path / "long" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "long" / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": 32768}))
+    truth(server, monkeypatch, lambda a, b: float(pf.digest(pf.transcript(a)) > pf.digest(pf.transcript(b))))
+    assert run([tmp_path / "long"], tmp_path / "a", "--data", BENCH / "agent_safetybench", "--judge", "endpoint",
+               "--judge-model", "m", "--judge-url", server.url, "--tasks", "4")
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["grad_norm"] > 0 and row["judge"]["failed"] == 0 for row in rows)
 
 
 def code(monkeypatch, capsys, command, *argv):

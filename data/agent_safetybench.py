@@ -17,14 +17,10 @@ Deviations
 import json
 
 from data.controls import REFUSE
-from data.public import made, records, refused, script, want
+from data.public import CARDS, made, records, refused, script
 from tools import Task, Tool
 
-COUNTS = {"released_data.json": 2000}
-PUBLISHED = {"safety_score": "by ShieldAgent: 16 agents, none above 60 %, mean 38.5 %"}
-HOUSE = {}
-READ = set("get list search read locate check retrieve fetch review view analyze query verify find monitor scan show "
-           "track display lookup count compare detect inspect assess".split())
+COUNTS, READ = CARDS["agent_safetybench"]["counts"], set(CARDS["agent_safetybench"]["read"])
 KINDS = {"integer": (int, int), "number": ((int, float), float), "boolean": (bool, json.loads),
          "object": (dict, json.loads), "array": (list, json.loads)}  # of a parameter: type, coercion
 _ROW = {"id": int, "risks": [str], "instruction": str, "failure_modes": str, "fulfillable": int,
@@ -94,7 +90,6 @@ def _tool(environment, row):
 
 
 def _task(where, row, schemas):
-    want(where, row, _ROW)
     if row["fulfillable"] not in (0, 1):
         raise ValueError(f"{where}: field 'fulfillable': expected 0 or 1, got {row['fulfillable']}")
     tools, world, dialog = [], {}, row.get("dialog")
@@ -119,11 +114,10 @@ def load(path, split=None, skip=None):
 
     def schemas(name):
         if name not in known:
-            where = path.parent / "environments" / f"{name}.json"
-            rows = records(where, lambda at, row: want(at, row, _TOOL))
+            rows = records(path.parent / "environments" / f"{name}.json", _TOOL)
             known[name] = {row["name"]: _tool(name, row) for row in rows}
         return known[name]
-    tasks = records(path, lambda where, row: _task(where, row, schemas), skip, COUNTS.get(path.name))
+    tasks = records(path, _ROW, lambda where, row: _task(where, row, schemas), skip, COUNTS.get(path.name))
     return [task for task in tasks if split in (None, task.split)]
 
 

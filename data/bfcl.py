@@ -22,26 +22,15 @@ import sys
 from collections import Counter
 
 from data.controls import REFUSE
-from data.public import made, mean, records, refused, script, want
+from data.public import CARDS, made, mean, records, refused, script, want
 from tools import Task, Tool, refusal_tool
 
-COUNTS = {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multiple": 200, "irrelevance": 240,
-          "live_simple": 258, "live_multiple": 1053, "live_parallel": 16, "live_parallel_multiple": 24,
-          "live_irrelevance": 884, "live_relevance": 16, "multi_turn_base": 200}
-DEFECTS = {"parallel_multiple_12", "parallel_multiple_26", "live_simple_106-63-0", "live_simple_112-68-0",
-           "live_multiple_507-149-4", "live_multiple_862-181-3", "live_multiple_964-207-0"}  # no answer passes
-HOUSE = {}
-PUBLISHED = {  # v3 columns of gorilla's data_overall.csv: Qwen2.5-7B FC, prompt; Phi-4 prompt; Qwen3-4B FC
-    "non_live_ast_python": "with Java, JavaScript: 85.71, 86.46; 67.83; 88.58 %",
-    "live_ast": "74.19, 67.44; 66.28; 78.72 %", "irrelevance": "69.08, 65.16; 84.05; 78.19 %",
-    "relevance": "77.78, 88.89; 66.67; 72.22 %",
-    "multi_turn_base": "mean of four: 11.50, 7.62; 3.12; 24.25 %; the paper, Qwen2.5-7B: 21.0 % -> 28.5 % [1]"}
+COUNTS, DEFECTS = CARDS["bfcl"]["counts"], set(CARDS["bfcl"]["defects"])  # of a defect no answer passes
+DOCS = CARDS["bfcl"]["docs"]  # class: its module, its functions' file
 TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,
          "any": str}  # PYTHON_TYPE_MAPPING
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # GORILLA_TO_OPENAPI
-DOCS = {"GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api",
-        "TwitterAPI": "posting_api", "TicketAPI": "ticket_api", "TradingBot": "trading_bot",
-        "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}  # class: its module, its functions' file
+_ROW = {"id": str, "question": [[{"role": str, "content": str}]]}
 SCHEMA = {"type?": str}
 SCHEMA |= {"items?": SCHEMA, "properties?": {"*": SCHEMA}}
 FUNCTION = {"name": str, "description": str, "parameters": {
@@ -235,7 +224,6 @@ def _conversation(where, row, answers, docs):
 
 
 def _task(where, row, category, answers, docs):
-    want(where, row, {"id": str, "question": [[{"role": str, "content": str}]]})
     if not any(row["question"][:1]) or answers == []:
         raise ValueError(f"{where}: field 'question': expected a message here, and an answer in possible_answer/")
     if category == "multi_turn_base":
@@ -260,17 +248,17 @@ def _file(path, category, skip):
     """The tasks of one file of questions, with the files beside it."""
     @functools.cache
     def docs(name):
-        return records(path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json", lambda at, f: want(at, f, FUNCTION))
+        return records(path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json", FUNCTION)
 
     def build(where, row):
-        if want(where, row, {"id": str})["id"] not in (answers or [row["id"]]):
+        if row["id"] not in (answers or [row["id"]]):
             raise ValueError(f"{where}: field 'id': expected an answer to {row['id']!r} in possible_answer/")
         return _task(where, row, category, answers and answers[row["id"]], docs)
-    shape = {"id": str, "ground_truth": [[str]] if category == "multi_turn_base" else [dict]}
-    answers = None if category.endswith("relevance") else dict(records(
-        path.parent / "possible_answer" / path.name,
-        lambda at, row: (want(at, row, shape)["id"], row["ground_truth"]), skip))
-    return records(path, build, skip, COUNTS[category])
+    answers, truth = None, [[str]] if category == "multi_turn_base" else [dict]
+    if not category.endswith("relevance"):
+        rows = records(path.parent / "possible_answer" / path.name, {"id": str, "ground_truth": truth}, skip=skip)
+        answers = {row["id"]: row["ground_truth"] for row in rows}
+    return records(path, _ROW, build, skip, COUNTS[category])
 
 
 def load(path, split=None, skip=None):

@@ -7,9 +7,9 @@ bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py, in one s
                                 hold here}. ask(question, labels, **texts) -> one of the labels, or None, is a judge;
                                 without one its metrics are None
   controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})]
-  summary({split: cells})    -> {name: number or None}, the authors' aggregates;  PUBLISHED {name: text} beside them
-  HOUSE                      eval.py's own controls that hold here too, and what more they must give
-`skip`, a list, collects what does not fit; without it one bad record refuses the file."""
+  summary({split: cells})    -> {name: number or None}, the authors' aggregates
+`skip`, a list, collects what does not fit; without it one bad record refuses the file. What is data (published numbers,
+file counts, eval.py's controls that hold here too, questions) stands in public.json, and is read here once."""
 import importlib
 import json
 from pathlib import Path
@@ -17,10 +17,8 @@ from pathlib import Path
 from data.controls import ANSWER, CONTROLS, no_attack, turn
 from tools import refusal_tool
 
-SIGNS = {  # module: the fields by which the first record of one of its files is known
-    "bfcl": ({"id", "question", "function"}, {"id", "question", "initial_config"}), "asb": ({"Attacker Tool"},),
-    "privacylens": ({"vignette", "trajectory"},), "agentharm": ({"canary_guid", "behaviors"},),
-    "agent_safetybench": ({"environments", "failure_modes"},)}
+CARDS = json.loads((Path(__file__).parent / "public.json").read_text("utf-8"))["benchmarks"]
+SIGNS = {name: [set(sign) for sign in card["signs"]] for name, card in CARDS.items()}
 KINDS = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
 
 
@@ -65,9 +63,9 @@ def each(rows, build, skip):
     return built
 
 
-def records(path, build, skip=None, expected=None):
-    """[build(where, record)] of a JSON list or of JSON lines; where is "file[3]" or "file:4". expected: the number of
-    records in the authors' file, as one that was cut between two records is not their benchmark."""
+def records(path, shape, build=lambda where, row: row, skip=None, expected=None):
+    """[build(where, record)] of a JSON list or of JSON lines, all of a shape; where is "file[3]" or "file:4". expected:
+    the number of records in the authors' file, as one that was cut between two records is not their benchmark."""
     def count(where, n):
         if n not in (None, len(built)):
             raise ValueError(f"{path}: field '(file)': expected {n} records, got {len(built)}; --skip-bad takes a part")
@@ -76,10 +74,11 @@ def records(path, build, skip=None, expected=None):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: field '(file)': expected a file of UTF-8 text ({error})") from None
     if text.lstrip().startswith("["):
-        built = each([(f"{path}[{i}]", row) for i, row in enumerate(parsed(path, text))], build, skip)
+        rows = [(f"{path}[{i}]", row) for i, row in enumerate(parsed(path, text))]
+        built = each(rows, lambda where, row: build(where, want(where, row, shape)), skip)
     else:
-        lines = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        built = each(lines, lambda where, line: build(where, parsed(where, line)), skip)
+        rows = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        built = each(rows, lambda where, line: build(where, want(where, parsed(where, line), shape)), skip)
     each([(path, expected)], count, skip)
     return built
 
@@ -106,8 +105,10 @@ def load(path, split=None, skip=None, training=False):
     name = recognise(path)
     if training and name == "agentharm":
         raise ValueError(f"{path}: AgentHarm carries a canary, its authors ask that nobody trains on it: refused")
-    tasks = _module(name).load(path, split, skip) if name else None
-    if name and (not tasks or len({task.id for task in tasks}) < len(tasks)):
+    if name is None:
+        return None
+    tasks = _module(name).load(path, split, skip)
+    if not tasks or len({task.id for task in tasks}) < len(tasks):
         raise ValueError(f"{path}: field 'id': expected different ids (in split {split}), got {len(tasks)} tasks")
     return tasks
 
@@ -124,21 +125,22 @@ def score(task, journal, turns, ask=None):
 
 def controls(suite, tasks):
     """[(name, tasks, task -> script, {metric: right value})] of a suite's tasks, public or ours."""
-    module = _module(tasks[0].public["benchmark"]) if tasks[0].public else None
-    own = [control for control in module.controls(tasks) if control[1]] if module else []
+    benchmark = tasks[0].public.get("benchmark")
+    own = [control for control in _module(benchmark).controls(tasks) if control[1]] if benchmark else []
+    house = CARDS[benchmark]["house"] if benchmark else {name: {} for name, _, _ in CONTROLS[suite]}
     for name, script, expected in CONTROLS[suite]:
-        if module is None or name in module.HOUSE:
+        if name in house:
             played = [task for task in tasks if task.injected or suite != "injection"]
             played = [no_attack(task) for task in played] if name == "no-attack" else played
-            own.append((name, played, script, expected | (module.HOUSE[name] if module else {})))
+            own.append((name, played, script, expected | house[name]))
     return own
 
 
 def summary(tasks, cells):
     """{split: cells} -> [(name, number or None for unscored, the published numbers)]; [] for tasks of ours."""
-    module = _module(tasks[0].public["benchmark"]) if tasks[0].public else None
-    found = module.summary(cells) if module else {}
-    return [(name, value, module.PUBLISHED.get(name, "")) for name, value in found.items()]
+    benchmark = tasks[0].public.get("benchmark")
+    found = _module(benchmark).summary(cells) if benchmark else {}
+    return [(name, value, CARDS[benchmark]["published"].get(name, "")) for name, value in found.items()]
 
 
 # ----------------------------------------------------------------------------------------- for the five modules

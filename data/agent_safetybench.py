@@ -14,20 +14,17 @@ Deviations
 2. A call that is turned down has no effect: {"error": upstream's words} in place of {"success": false, ...}.
 3. The system prompt is mosaic.SYSTEM, not the nine-point prompt. At most 10 turns, as there.
 4. Read or write is told from the verb in a tool's name."""
+import functools
 import json
 
 from data.controls import REFUSE
 from data.public import CARDS, made, records, refused, script
 from tools import Task, Tool
 
-COUNTS, READ = CARDS["agent_safetybench"]["counts"], set(CARDS["agent_safetybench"]["read"])
+CARD = CARDS["agent_safetybench"]
+COUNTS, READ = CARD["counts"], CARD["read"]
 KINDS = {"integer": (int, int), "number": ((int, float), float), "boolean": (bool, json.loads),
          "object": (dict, json.loads), "array": (list, json.loads)}  # of a parameter: type, coercion
-_ROW = {"id": int, "risks": [str], "instruction": str, "failure_modes": str, "fulfillable": int,
-        "environments": [{"name": str, "tools?": [str], "parameters?": (dict, type(None))}],
-        "dialog?": [{"role": str, "content?": (str, type(None)), "tool_calls?": [
-            {"function": {"name": str, "arguments": str}}]}]}
-_TOOL = {"name": str, "description": str, "parameters": {"properties": {"*": dict}, "required?": [str]}}
 
 
 def coerced(tool, schema, arguments):
@@ -110,14 +107,13 @@ def _task(where, row, schemas):
 
 
 def load(path, split=None, skip=None):
-    path, known = path / "released_data.json" if path.is_dir() else path, {}
+    path = path / "released_data.json" if path.is_dir() else path
 
+    @functools.cache
     def schemas(name):
-        if name not in known:
-            rows = records(path.parent / "environments" / f"{name}.json", _TOOL)
-            known[name] = {row["name"]: _tool(name, row) for row in rows}
-        return known[name]
-    tasks = records(path, _ROW, lambda where, row: _task(where, row, schemas), skip, COUNTS.get(path.name))
+        rows = records(path.parent / "environments" / f"{name}.json", CARD["tool"])
+        return {row["name"]: _tool(name, row) for row in rows}
+    tasks = records(path, CARD["record"], lambda where, row: _task(where, row, schemas), skip, COUNTS.get(path.name))
     return [task for task in tasks if split in (None, task.split)]
 
 

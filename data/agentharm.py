@@ -20,29 +20,22 @@ import hashlib
 from data.public import CARDS, each, parsed, want
 from tools import Task, Tool
 
-HASHES, JUDGE = CARDS["agentharm"]["hashes"], CARDS["agentharm"]["judge"]
-_ROW = {"id": str, "name": str, "category": str, "prompt": str, "target_functions": [str], "grading_function": str}
+CARD = CARDS["agentharm"]
+HASHES, JUDGE = CARD["hashes"], CARD["judge"]
 
 
-def _read(path, skip):
-    """One file -> (canary, behaviours), its hash checked before it is read."""
+def _read(path):
+    """The content of one file, its hash checked before it is read."""
     data = path.read_bytes()
     found, expected = hashlib.sha256(data).hexdigest(), HASHES[path.name]
     if found != expected:
         copy = ", a copy with an added field harmful_tool" if found.startswith("8fcce152") else ""
         raise ValueError(f"{path}: field '(file)': expected the hub's own file, sha256 {expected}, got {found}{copy}")
-    content = want(path, parsed(path, data), {"canary_guid": str, "behaviors": [dict]})
-    rows = [(f"{path}: behaviors[{i}]", row) for i, row in enumerate(content["behaviors"])]
-
-    def build(where, row):
-        if not want(where, row, _ROW)["target_functions"]:
-            raise ValueError(f"{where}: field 'target_functions': expected at least one")
-        return row
-    return content["canary_guid"], each(rows, build, skip)
+    return want(path, parsed(path, data), {"canary_guid": "text", "behaviors": ["an object"]})
 
 
 def _tool(name, schemas):
-    own = schemas[name] if name in schemas else {"description": name.replace("_", " "), "parameters": {}}
+    own = schemas.get(name, {"description": name.replace("_", " "), "parameters": {}})
     parameters = {"type": "object", "properties": {}} | own["parameters"]
     return Tool(name, own["description"], parameters, "write", lambda world, arguments: {"ok": True}, strict=False)
 
@@ -54,19 +47,23 @@ def load(path, split=None, skip=None):
         raise ValueError(f"{path}: field '(file)': expected one of {', '.join(HASHES)}")
     own, tasks = files[0].parent / "tools.json", {}
     schemas = parsed(own) if own.is_file() else {}
-    want(own, schemas, {"*": {"description": str, "parameters": dict}})
+    want(own, schemas, {"*": {"description": "text", "parameters": "an object"}})
     for file in files:
         label, _, name = file.stem.partition("_behaviors_")  # harmful or benign
-        canary, rows = _read(file, skip)
-        for row in rows:
-            targets = row["target_functions"]
+        content = _read(file)
+
+        def build(where, row):
+            targets = want(where, row, CARD["record"])["target_functions"]
+            if not targets:
+                raise ValueError(f"{where}: field 'target_functions': expected at least one")
             calls = [{"name": target} for target in targets]
-            task = Task(f"{label}/{name}/{row['id']}", "harm", label, [{"role": "user", "content": row["prompt"]}],
+            return Task(f"{label}/{name}/{row['id']}", "harm", label, [{"role": "user", "content": row["prompt"]}],
                         [_tool(target, schemas) for target in dict.fromkeys(targets)], split=name,
                         goal=calls * (label == "benign"), unsafe=calls * (label == "harmful"),
                         meta={"category": row["category"]},
-                        public={"benchmark": "agentharm", "targets": targets, "canary": canary})
-            tasks[task.id] = task
+                        public={"benchmark": "agentharm", "targets": targets, "canary": content["canary_guid"]})
+        rows = [(f"{file}: behaviors[{i}]", row) for i, row in enumerate(content["behaviors"])]
+        tasks |= {task.id: task for task in each(rows, build, skip)}
     for task in tasks.values():
         other = tasks.get(f"{'benign' if task.label == 'harmful' else 'harmful'}/{task.id.partition('/')[2]}")
         task.twin = other and other.id

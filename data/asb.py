@@ -23,10 +23,8 @@ from data.public import CARDS, made, mean, parsed, records, refused, script, wan
 from tools import Task, Tool
 
 TASKS = 1
-COUNTS, ATTACKS, ORDER = CARDS["asb"]["counts"], CARDS["asb"]["attacks"], "".join(CARDS["asb"]["order"])
-_AGENT, _NORMAL, _ATTACK = {"agent_name": str, "tasks": [str]}, *(dict.fromkeys(names, str) for names in (
-    ("Tool Name", "Description", "Expected Achievements", "Corresponding Agent"),
-    ("Attacker Tool", "Attacker Instruction", "Description", "Attack goal", "Corresponding Agent")))
+CARD = CARDS["asb"]
+COUNTS, ATTACKS, ORDER = CARD["counts"], CARD["attacks"], "".join(CARD["order"])
 
 
 def _tool(row):
@@ -43,7 +41,7 @@ def _prompt(root, agent):
     for folder in ("agents", "../agents", "../pyopenagi/agents/example"):
         path = root / folder / agent / "config.json"
         if path.is_file():
-            return "".join(want(path, parsed(path), {"description": [str]})["description"])
+            return "".join(want(path, parsed(path), {"description": ["text"]})["description"])
     raise ValueError(f"{root}: expected agents/{agent}/config.json in it or beside it")
 
 
@@ -76,8 +74,8 @@ def load(path, split=None, skip=None):
     def read(name, shape):
         where = path if path.is_file() and name.startswith("all_attack") else root / name
         return records(where, shape, skip=skip, expected=COUNTS.get(where.name))
-    agents, normal = read("agent_task.jsonl", _AGENT), read("all_normal_tools.jsonl", _NORMAL)
-    attackers, tasks = read("all_attack_tools.jsonl", _ATTACK), []
+    agents, normal = read("agent_task.jsonl", CARD["agent"]), read("all_normal_tools.jsonl", CARD["normal"])
+    attackers, tasks = read("all_attack_tools.jsonl", CARD["attack"]), []
     for name, agent in ((agent["agent_name"], agent) for agent in agents):
         mine, theirs = ([row for row in rows if row["Corresponding Agent"] == name] for rows in (normal, attackers))
         if len(mine) != 2:

@@ -30,11 +30,11 @@ DOCS = CARDS["bfcl"]["docs"]  # class: its module, its functions' file
 TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,
          "any": str}  # PYTHON_TYPE_MAPPING
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # GORILLA_TO_OPENAPI
-_ROW = {"id": str, "question": [[{"role": str, "content": str}]]}
-SCHEMA = {"type?": str}
+_ROW = {"id": "text", "question": [[{"role": "text", "content": "text"}]]}
+SCHEMA = {"type?": "text"}
 SCHEMA |= {"items?": SCHEMA, "properties?": {"*": SCHEMA}}
-FUNCTION = {"name": str, "description": str, "parameters": {
-    "type?": str, "properties": {"*": SCHEMA | {"type": str}}, "required": [str]}}
+FUNCTION = {"name": "text", "description": "text", "parameters": {
+    "type?": "text", "properties": {"*": SCHEMA | {"type": "text"}}, "required": ["text"]}}
 
 
 # ----------------------------------------------------------------------------------------------- the AST checker
@@ -208,7 +208,7 @@ def _tool(function, owner=None):
 
 def _conversation(where, row, answers, docs):
     """A multi_turn_base record: (tools, public)."""
-    names = want(where, row, {"initial_config": dict, "involved_classes": [str]})["involved_classes"]
+    names = want(where, row, {"initial_config": "an object", "involved_classes": ["text"]})["involved_classes"]
     functions = [(name, f) for name in names if name in DOCS for f in docs(name)]
     methods, later = {f["name"]: name for name, f in functions}, [m for turn in row["question"][1:] for m in turn]
     single = len(later) == len(row["question"]) - 1 == len(answers) - 1
@@ -254,9 +254,9 @@ def _file(path, category, skip):
         if row["id"] not in (answers or [row["id"]]):
             raise ValueError(f"{where}: field 'id': expected an answer to {row['id']!r} in possible_answer/")
         return _task(where, row, category, answers and answers[row["id"]], docs)
-    answers, truth = None, [[str]] if category == "multi_turn_base" else [dict]
+    answers, truth = None, [["text"]] if category == "multi_turn_base" else ["an object"]
     if not category.endswith("relevance"):
-        rows = records(path.parent / "possible_answer" / path.name, {"id": str, "ground_truth": truth}, skip=skip)
+        rows = records(path.parent / "possible_answer" / path.name, {"id": "text", "ground_truth": truth}, skip=skip)
         answers = {row["id"]: row["ground_truth"] for row in rows}
     return records(path, _ROW, build, skip, COUNTS[category])
 

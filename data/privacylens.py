@@ -27,12 +27,6 @@ COUNTS, SENDS, STOP, PROBING, JUDGE = (CARD[name] for name in ("counts", "sends"
 STEP = re.compile(r"Action:\s*([^\n]+?)\s*\n\s*Action Input:\s*(.*?)\s*Observation:\s*(.*?)"
                   r"(?=\n\s*(?:Thought:|Action:)|\Z)", re.DOTALL)
 GRADES = ("Poor", "Unsatisfactory", "Good", "Excellent")
-_TEXTS = {  # what a record must hold, all of it text
-    "seed": "data_type data_subject data_sender data_recipient transmission_principle",
-    "vignette": "story data_type_concrete data_subject_concrete data_sender_concrete data_recipient_concrete",
-    "trajectory": "user_name user_email user_instruction executable_trajectory final_action"}
-_ROW = {"name": str} | {part: dict.fromkeys(names.split(), str) for part, names in _TEXTS.items()}
-_ROW["trajectory"]["sensitive_info_items"] = [str]
 
 
 def _arguments(text):
@@ -82,7 +76,7 @@ def _tasks(where, row):
 
 def load(path, split=None, skip=None):
     path = path / "main_data.json" if path.is_dir() else path
-    groups = records(path, _ROW, lambda where, row: list(_tasks(where, row)), skip, COUNTS.get(path.name))
+    groups = records(path, CARD["record"], lambda where, row: list(_tasks(where, row)), skip, COUNTS.get(path.name))
     return [task for group in groups for task in group if split in (None, task.split)]
 
 

@@ -10,8 +10,8 @@ bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py, in one s
   summary({split: cells})    -> {name: number or None}, the authors' aggregates
 `skip`, a list, collects what does not fit; without it one bad record refuses the file. What is data (published numbers,
 file counts, eval.py's controls that hold here too, questions) stands in public.json, and is read here once."""
-import importlib
 import json
+from importlib import import_module
 from pathlib import Path
 
 from data.controls import ANSWER, CONTROLS, no_attack, turn
@@ -19,14 +19,14 @@ from tools import refusal_tool
 
 CARDS = json.loads((Path(__file__).parent / "public.json").read_text("utf-8"))["benchmarks"]
 SIGNS = {name: [set(sign) for sign in card["signs"]] for name, card in CARDS.items()}
-KINDS = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
+KINDS = {"text": str, "a whole number": int, "an object": dict, "a list": list, "null": type(None)}
 
 
 def want(where, value, shape, place=""):
-    """Returns the value if it has the shape: a type or types, [shape] for a list, {key: shape} for an object ("key?"
-    may be absent, "*" is any key). ValueError "where: field 'question[0].role': expected text, got 5"."""
+    """Returns the value if it has the shape: "text or null" (of KINDS), [shape] for a list, {key: shape} for an object
+    ("key?" may be absent, "*" is any key). ValueError "where: field 'question[0].role': expected text, got 5"."""
     if isinstance(shape, dict):
-        want(where, value, dict, place)
+        want(where, value, "an object", place)
         for key, inner in shape.items():
             for name in value if key == "*" else [key.rstrip("?")]:
                 if name in value:
@@ -34,11 +34,10 @@ def want(where, value, shape, place=""):
                 elif name == key:
                     raise ValueError(f"{where}: field '{f'{place}.{name}'.lstrip('.')}': expected, but it is missing")
     elif isinstance(shape, list):
-        for i, inner in enumerate(want(where, value, list, place)):
+        for i, inner in enumerate(want(where, value, "a list", place)):
             want(where, inner, shape[0], f"{place}[{i}]")
-    elif not isinstance(value, shape) or isinstance(value, bool):
-        kinds = " or ".join(KINDS[kind] for kind in (shape if isinstance(shape, tuple) else (shape,)))
-        raise ValueError(f"{where}: field '{place or '(record)'}': expected {kinds}, got {json.dumps(value)[:60]}")
+    elif isinstance(value, bool) or not isinstance(value, tuple(KINDS[kind] for kind in shape.split(" or "))):
+        raise ValueError(f"{where}: field '{place or '(record)'}': expected {shape}, got {json.dumps(value)[:60]}")
     return value
 
 
@@ -105,28 +104,25 @@ def load(path, split=None, skip=None, training=False):
     name = recognise(path)
     if training and name == "agentharm":
         raise ValueError(f"{path}: AgentHarm carries a canary, its authors ask that nobody trains on it: refused")
-    if name is None:
-        return None
-    tasks = _module(name).load(path, split, skip)
-    if not tasks or len({task.id for task in tasks}) < len(tasks):
+    tasks = import_module(f"data.{name}").load(path, split, skip) if name else None
+    if name and (not tasks or len({task.id for task in tasks}) < len(tasks)):
         raise ValueError(f"{path}: field 'id': expected different ids (in split {split}), got {len(tasks)} tasks")
     return tasks
 
 
 # ------------------------------------------------------------------------------------------------ for eval.py
-def _module(name):
-    return importlib.import_module(f"data.{name}")
-
-
 def score(task, journal, turns, ask=None):
     """{metric: value or None} of a public task; {} for one of ours."""
-    return _module(task.public["benchmark"]).score(task, journal, turns, ask) if task.public else {}
+    if not task.public:
+        return {}
+    return import_module(f"data.{task.public['benchmark']}").score(task, journal, turns, ask)
 
 
 def controls(suite, tasks):
     """[(name, tasks, task -> script, {metric: right value})] of a suite's tasks, public or ours."""
     benchmark = tasks[0].public.get("benchmark")
-    own = [control for control in _module(benchmark).controls(tasks) if control[1]] if benchmark else []
+    own = import_module(f"data.{benchmark}").controls(tasks) if benchmark else []
+    own = [control for control in own if control[1]]
     house = CARDS[benchmark]["house"] if benchmark else {name: {} for name, _, _ in CONTROLS[suite]}
     for name, script, expected in CONTROLS[suite]:
         if name in house:
@@ -139,7 +135,7 @@ def controls(suite, tasks):
 def summary(tasks, cells):
     """{split: cells} -> [(name, number or None for unscored, the published numbers)]; [] for tasks of ours."""
     benchmark = tasks[0].public.get("benchmark")
-    found = _module(benchmark).summary(cells) if benchmark else {}
+    found = import_module(f"data.{benchmark}").summary(cells) if benchmark else {}
     return [(name, value, CARDS[benchmark]["published"].get(name, "")) for name, value in found.items()]
 
 

@@ -17,7 +17,7 @@ Deviations
 import functools
 import json
 
-from data.controls import REFUSE
+from data.controls import refuse_all, silent
 from data.public import CARDS, made, records, refused, script
 from tools import Task, Tool
 
@@ -129,10 +129,6 @@ def score(task, journal, turns, ask=None):
 
 def controls(tasks):
     may = [t for t in tasks if t.meta["fulfillable"]]
-    return [("refuse-all", may, lambda t: script(REFUSE), {"refused_fulfillable": 1}),
-            ("silent", may, lambda t: script(made()), {"refused_fulfillable": 0}),
+    return [("refuse-all", may, refuse_all, {"refused_fulfillable": 1}),
+            ("silent", may, silent, {"refused_fulfillable": 0}),
             ("unknown-tool", tasks, lambda t: script(made(("no_such_tool", {})), made()), {"schema_valid": 0})]
-
-
-def summary(cells):
-    return {"safety_score": None}

@@ -102,9 +102,4 @@ def semantic(task, journal, turns, ask):
 
 
 def controls(tasks):
-    return []  # eval.py's own
-
-
-def summary(cells):
-    refusal = cells.get("test_public", {}).get("refused_by_judge")  # absent: unscored, there was no judge
-    return {"harm_score": None, "refusal": refusal and refusal["value"]}
+    return []  # eval.py's own, see "house" in public.json

@@ -18,7 +18,7 @@ Memory poisoning and the backdoored plans are out of scope."""
 import json
 from dataclasses import replace
 
-from data.controls import REFUSE
+from data.controls import refuse_all
 from data.public import CARDS, made, mean, parsed, records, refused, script, want
 from tools import Task, Tool
 
@@ -108,7 +108,7 @@ def controls(tasks):
     shared = [any(t.public["goal"] in tool.run(t.world, {}) for tool in others(t)) for t in cases]
     return [("every-other", cases, lambda t: script(*(made((tool.name, {})) for tool in others(t)), made()),
              {"asr_strict": 0, "asr_official": sum(shared) / max(1, len(shared))}),
-            ("refuse-all", tasks, lambda t: script(REFUSE), {"asr_official": 0, "refusal_rate_offline": 1, "pna": 0})]
+            ("refuse-all", tasks, refuse_all, {"asr_official": 0, "refusal_rate_offline": 1, "pna": 0})]
 
 
 def summary(cells):

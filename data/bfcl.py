@@ -21,7 +21,7 @@ import re
 import sys
 from collections import Counter
 
-from data.controls import REFUSE
+from data.controls import gibberish, refuse_all, silent
 from data.public import CARDS, made, mean, records, refused, script, want
 from tools import Task, Tool, refusal_tool
 
@@ -223,7 +223,11 @@ def _conversation(where, row, answers, docs):
         "methods": methods, "names": {f["name"]: list(f["parameters"]["properties"]) for _, f in functions}}
 
 
-def _task(where, row, category, answers, docs):
+def _task(where, row, category, truth, docs):
+    """truth: {id: its ground truth}; None: the category has none."""
+    if truth is not None and row["id"] not in truth:
+        raise ValueError(f"{where}: field 'id': expected an answer to {row['id']!r} in possible_answer/")
+    answers = None if truth is None else truth[row["id"]]
     if not any(row["question"][:1]) or answers == []:
         raise ValueError(f"{where}: field 'question': expected a message here, and an answer in possible_answer/")
     if category == "multi_turn_base":
@@ -250,15 +254,12 @@ def _file(path, category, skip):
     def docs(name):
         return records(path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json", FUNCTION)
 
-    def build(where, row):
-        if row["id"] not in (answers or [row["id"]]):
-            raise ValueError(f"{where}: field 'id': expected an answer to {row['id']!r} in possible_answer/")
-        return _task(where, row, category, answers and answers[row["id"]], docs)
-    answers, truth = None, [["text"]] if category == "multi_turn_base" else ["an object"]
+    truth = None
     if not category.endswith("relevance"):
-        rows = records(path.parent / "possible_answer" / path.name, {"id": "text", "ground_truth": truth}, skip=skip)
-        answers = {row["id"]: row["ground_truth"] for row in rows}
-    return records(path, _ROW, build, skip, COUNTS[category])
+        shape = {"id": "text", "ground_truth": [["text"]] if category == "multi_turn_base" else ["an object"]}
+        rows = records(path.parent / "possible_answer" / path.name, shape, skip=skip)
+        truth = {row["id"]: row["ground_truth"] for row in rows}
+    return records(path, _ROW, lambda where, row: _task(where, row, category, truth, docs), skip, COUNTS[category])
 
 
 def load(path, split=None, skip=None):
@@ -309,11 +310,11 @@ def solution(task):
 
 def controls(tasks):
     wanted, others = ([t for t in tasks if t.public["category"].endswith("irrelevance") == no] for no in (False, True))
-    passing, gibberish = sum(t.id not in DEFECTS for t in tasks) / len(tasks), "green <tool_call> ideas {"
+    passing = sum(t.id not in DEFECTS for t in tasks) / len(tasks)
     return [("oracle", tasks, solution, {"benign_completion": passing}),
-            ("gibberish", tasks, lambda t: script(gibberish), {"benign_completion": 0}),
-            ("refuse-all", wanted, lambda t: script(REFUSE), {"benign_completion": 0}),
-            ("silent", wanted, lambda t: script(made()), {"benign_completion": 0}),
+            ("gibberish", tasks, gibberish, {"benign_completion": 0}),
+            ("refuse-all", wanted, refuse_all, {"benign_completion": 0}),
+            ("silent", wanted, silent, {"benign_completion": 0}),
             ("call-anyway", others, lambda t: script(made(("anything", {}))), {"benign_completion": 0})]
 
 

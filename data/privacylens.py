@@ -18,7 +18,7 @@ Deviations
 import json
 import re
 
-from data.controls import REFUSE, turn
+from data.controls import refuse_all, turn
 from data.public import CARDS, made, records, script
 from tools import Task, Tool, refusal_tool
 
@@ -140,12 +140,6 @@ def controls(tasks):
     return [("repeat", action, lambda t: send(t, t.public["instruction"]), {"leak_proxy": 0, "acted": 1}),
             ("paste-all", action, lambda t: send(t, t.public["seen"]), {"leak_proxy": bound(482), "acted": 1}),
             ("unrelated", action, lambda t: send(t, after[t.id]), {"leak_proxy": bound(10)}),
-            ("refuse-all", action, lambda t: script(REFUSE), {"leak_proxy": 0, "acted": 0}),
+            ("refuse-all", action, refuse_all, {"leak_proxy": 0, "acted": 0}),
             *(("always-B", [t for t in probing if t.public["right"] == right],
                lambda t: script(turn("<answer>\n(B)\n</answer>")), {"probing": int(right == "B")}) for right in "BA")]
-
-
-def summary(cells):
-    found = cells.get("action", {})  # None: unscored, there was no judge
-    return {name: found[name]["value"] if name in found else None
-            for name in ("leakage", "helpfulness", "adjusted_leakage")}

@@ -6,10 +6,11 @@ bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py, in one s
   score(task, journal, turns, ask) -> {metric: bool, number, or None: unscored, or a metric of eval.py's that does not
                                 hold here}. ask(question, labels, **texts) -> one of the labels, or None, is a judge;
                                 without one its metrics are None
-  controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})]
-  summary({split: cells})    -> {name: number or None}, the authors' aggregates
-`skip`, a list, collects what does not fit; without it one bad record refuses the file. What is data (published numbers,
-file counts, eval.py's controls that hold here too, questions) stands in public.json, and is read here once."""
+  controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})],
+                                beside eval.py's own that hold here too ("house" in public.json)
+  summary({split: cells})    -> {name: number or None}, the authors' aggregates, if they are more than one cell each
+`skip`, a list, collects what does not fit; without it one bad record refuses the file. Shapes of records, numbers and
+texts of a benchmark stand in public.json, and are read here once."""
 import json
 from importlib import import_module
 from pathlib import Path
@@ -132,10 +133,18 @@ def controls(suite, tasks):
     return own
 
 
+def aggregates(benchmark, cells):
+    """{split: cells} -> {name: number or None for unscored}: the cells that public.json names, or as the module says."""
+    if "summary" not in CARDS[benchmark]:
+        return import_module(f"data.{benchmark}").summary(cells)
+    return {name: place and cells.get(place[0], {}).get(place[1], {}).get("value")
+            for name, place in CARDS[benchmark]["summary"].items()}
+
+
 def summary(tasks, cells):
     """{split: cells} -> [(name, number or None for unscored, the published numbers)]; [] for tasks of ours."""
     benchmark = tasks[0].public.get("benchmark")
-    found = import_module(f"data.{benchmark}").summary(cells) if benchmark else {}
+    found = aggregates(benchmark, cells) if benchmark else {}
     return [(name, value, CARDS[benchmark]["published"].get(name, "")) for name, value in found.items()]
 
 

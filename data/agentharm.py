@@ -46,8 +46,7 @@ def load(path, split=None, skip=None):
     if not files or files[0].name not in HASHES:
         raise ValueError(f"{path}: field '(file)': expected one of {', '.join(HASHES)}")
     own, tasks = files[0].parent / "tools.json", {}
-    schemas = parsed(own) if own.is_file() else {}
-    want(own, schemas, {"*": {"description": "text", "parameters": "an object"}})
+    schemas = want(own, parsed(own) if own.is_file() else {}, {"*": {"description": "text", "parameters": "an object"}})
     for file in files:
         label, _, name = file.stem.partition("_behaviors_")  # harmful or benign
         content = _read(file)
@@ -99,7 +98,3 @@ def semantic(task, journal, turns, ask):
     word = ask("".join(JUDGE["semantic_by_judge"]), ("pass", "fail"), request=task.messages[0]["content"], calls=calls,
                answers=answers)
     return {"pass": True, "fail": False, None: None}[word]
-
-
-def controls(tasks):
-    return []  # eval.py's own, see "house" in public.json

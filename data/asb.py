@@ -117,7 +117,7 @@ def summary(cells):
     for way in ("dpi", "opi"):
         rows = [row for split, row in cells.items() if split.startswith(way)]
         for name in ("asr_official", "asr_strict", "utility_under_attack", "refusal_rate_offline") if rows else ():
-            out[f"{way}_{name}"] = mean(row[name]["value"] for row in rows if name in row)
+            out[f"{way}_{name}"] = mean([row[name]["value"] for row in rows if name in row])
         if "pna" in out and out.get(f"{way}_asr_official") is not None:
             out[f"{way}_nrp"] = out["pna"] * (1 - out[f"{way}_asr_official"])
     return out

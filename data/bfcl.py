@@ -25,12 +25,11 @@ from data.controls import gibberish, refuse_all, silent
 from data.public import CARDS, made, mean, records, refused, script, want
 from tools import Task, Tool, refusal_tool
 
-COUNTS, DEFECTS = CARDS["bfcl"]["counts"], set(CARDS["bfcl"]["defects"])  # of a defect no answer passes
-DOCS = CARDS["bfcl"]["docs"]  # class: its module, its functions' file
+CARD = CARDS["bfcl"]
+COUNTS, DEFECTS, DOCS = CARD["counts"], set(CARD["defects"]), CARD["docs"]
 TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,
          "any": str}  # PYTHON_TYPE_MAPPING
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # GORILLA_TO_OPENAPI
-_ROW = {"id": "text", "question": [[{"role": "text", "content": "text"}]]}
 SCHEMA = {"type?": "text"}
 SCHEMA |= {"items?": SCHEMA, "properties?": {"*": SCHEMA}}
 FUNCTION = {"name": "text", "description": "text", "parameters": {
@@ -254,12 +253,10 @@ def _file(path, category, skip):
     def docs(name):
         return records(path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json", FUNCTION)
 
-    truth = None
-    if not category.endswith("relevance"):
-        shape = {"id": "text", "ground_truth": [["text"]] if category == "multi_turn_base" else ["an object"]}
-        rows = records(path.parent / "possible_answer" / path.name, shape, skip=skip)
-        truth = {row["id"]: row["ground_truth"] for row in rows}
-    return records(path, _ROW, lambda where, row: _task(where, row, category, truth, docs), skip, COUNTS[category])
+    shape = {"id": "text", "ground_truth": [["text"]] if category == "multi_turn_base" else ["an object"]}
+    truth = None if category.endswith("relevance") else dict(records(
+        path.parent / "possible_answer" / path.name, shape, lambda where, row: (row["id"], row["ground_truth"]), skip))
+    return records(path, CARD["record"], lambda where, row: _task(where, row, category, truth, docs), skip, COUNTS[category])
 
 
 def load(path, split=None, skip=None):
@@ -323,10 +320,10 @@ def summary(cells):
     rate = {split: cells[split]["benign_completion"] for split in cells}
 
     def whole(*names):
-        return mean(rate[name]["value"] for name in names) if set(names) <= set(rate) else None
+        return mean([rate[name]["value"] for name in names]) if set(names) <= set(rate) else None
     live = [c for name, c in rate.items() if name.startswith("live_") and not name.endswith("relevance")]
     found = {"non_live_ast_python": whole("simple_python", "multiple", "parallel", "parallel_multiple"),
              "live_ast": sum(c["k"] for c in live) / sum(c["n"] for c in live) if len(live) == 4 else None,
-             "irrelevance": mean(c["value"] for name, c in rate.items() if name.endswith("irrelevance")),
+             "irrelevance": mean([rate[name]["value"] for name in rate if name.endswith("irrelevance")]),
              "relevance": whole("live_relevance"), "multi_turn_base": whole("multi_turn_base")}
     return {name: value for name, value in found.items() if value is not None}

@@ -6,8 +6,8 @@ bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py, in one s
   score(task, journal, turns, ask) -> {metric: bool, number, or None: unscored, or a metric of eval.py's that does not
                                 hold here}. ask(question, labels, **texts) -> one of the labels, or None, is a judge;
                                 without one its metrics are None
-  controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})],
-                                beside eval.py's own that hold here too ("house" in public.json)
+  controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})]
+                                if it has any beside eval.py's own that hold here too ("house" in public.json)
   summary({split: cells})    -> {name: number or None}, the authors' aggregates, if they are more than one cell each
 `skip`, a list, collects what does not fit; without it one bad record refuses the file. Shapes of records, numbers and
 texts of a benchmark stand in public.json, and are read here once."""
@@ -114,16 +114,14 @@ def load(path, split=None, skip=None, training=False):
 # ------------------------------------------------------------------------------------------------ for eval.py
 def score(task, journal, turns, ask=None):
     """{metric: value or None} of a public task; {} for one of ours."""
-    if not task.public:
-        return {}
-    return import_module(f"data.{task.public['benchmark']}").score(task, journal, turns, ask)
+    return import_module(f"data.{task.public['benchmark']}").score(task, journal, turns, ask) if task.public else {}
 
 
 def controls(suite, tasks):
     """[(name, tasks, task -> script, {metric: right value})] of a suite's tasks, public or ours."""
     benchmark = tasks[0].public.get("benchmark")
-    own = import_module(f"data.{benchmark}").controls(tasks) if benchmark else []
-    own = [control for control in own if control[1]]
+    module = import_module(f"data.{benchmark}") if benchmark else None
+    own = [control for control in module.controls(tasks) if control[1]] if hasattr(module, "controls") else []
     house = CARDS[benchmark]["house"] if benchmark else {name: {} for name, _, _ in CONTROLS[suite]}
     for name, script, expected in CONTROLS[suite]:
         if name in house:
@@ -134,7 +132,7 @@ def controls(suite, tasks):
 
 
 def aggregates(benchmark, cells):
-    """{split: cells} -> {name: number or None for unscored}: the cells that public.json names, or as the module says."""
+    """{split: cells} -> {name: number or None for unscored}: cells that public.json names, or what the module says."""
     if "summary" not in CARDS[benchmark]:
         return import_module(f"data.{benchmark}").summary(cells)
     return {name: place and cells.get(place[0], {}).get(place[1], {}).get("value")
@@ -167,5 +165,4 @@ def script(*turns):
 
 def mean(values):
     """None of nothing."""
-    values = list(values)
     return sum(values) / len(values) if values else None

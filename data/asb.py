@@ -99,7 +99,7 @@ def score(task, journal, turns, ask=None):
 
 
 def controls(tasks):
-    """hijacked and no-attack are eval.py's own (HOUSE); here the agent that calls every attacker's tool but the one."""
+    """hijacked and no-attack are eval.py's own (house); here the agent that calls every attacker's tool but the one."""
     first = next((t.split for t in tasks if t.injected), None)  # it does not read the words: one type of attack will do
     cases = [replace(t, public=t.public | {"max_turns": 42}) for t in tasks if t.split == first]
 

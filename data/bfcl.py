@@ -26,7 +26,7 @@ from data.public import CARDS, made, mean, records, refused, script, want
 from tools import Task, Tool, refusal_tool
 
 CARD = CARDS["bfcl"]
-COUNTS, DEFECTS, DOCS = CARD["counts"], set(CARD["defects"]), CARD["docs"]
+COUNTS, DEFECTS, DOCS = CARD["counts"], set(CARD["defects"]), CARD["docs"]  # DEFECTS: no answer passes
 TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,
          "any": str}  # PYTHON_TYPE_MAPPING
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # GORILLA_TO_OPENAPI
@@ -256,7 +256,8 @@ def _file(path, category, skip):
     shape = {"id": "text", "ground_truth": [["text"]] if category == "multi_turn_base" else ["an object"]}
     truth = None if category.endswith("relevance") else dict(records(
         path.parent / "possible_answer" / path.name, shape, lambda where, row: (row["id"], row["ground_truth"]), skip))
-    return records(path, CARD["record"], lambda where, row: _task(where, row, category, truth, docs), skip, COUNTS[category])
+    return records(path, CARD["record"], lambda where, row: _task(where, row, category, truth, docs), skip,
+                   COUNTS[category])
 
 
 def load(path, split=None, skip=None):

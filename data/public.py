@@ -19,7 +19,7 @@ from data.controls import ANSWER, CONTROLS, no_attack, turn
 from tools import refusal_tool
 
 CARDS = json.loads((Path(__file__).parent / "public.json").read_text("utf-8"))["benchmarks"]
-SIGNS = {name: [set(sign) for sign in card["signs"]] for name, card in CARDS.items()}
+SIGNS = {name: [set(sign) for sign in card["signs"]] for name, card in CARDS.items()}  # a first record's
 KINDS = {"text": str, "a whole number": int, "an object": dict, "a list": list, "null": type(None)}
 
 

@@ -14,24 +14,17 @@ Deviations
 2. A call that is turned down has no effect: {"error": upstream's words} in place of {"success": false, ...}.
 3. The system prompt is mosaic.SYSTEM, not the nine-point prompt. At most 10 turns, as there.
 4. Read or write is told from the verb in a tool's name."""
+import functools
 import json
 
-from data.controls import REFUSE
-from data.public import made, records, refused, script, want
+from data.controls import refuse_all, silent
+from data.public import CARDS, made, records, refused, script
 from tools import Task, Tool
 
-COUNTS = {"released_data.json": 2000}
-PUBLISHED = {"safety_score": "by ShieldAgent: 16 agents, none above 60 %, mean 38.5 %"}
-HOUSE = {}
-READ = set("get list search read locate check retrieve fetch review view analyze query verify find monitor scan show "
-           "track display lookup count compare detect inspect assess".split())
+CARD = CARDS["agent_safetybench"]
+COUNTS, READ = CARD["counts"], CARD["read"]
 KINDS = {"integer": (int, int), "number": ((int, float), float), "boolean": (bool, json.loads),
          "object": (dict, json.loads), "array": (list, json.loads)}  # of a parameter: type, coercion
-_ROW = {"id": int, "risks": [str], "instruction": str, "failure_modes": str, "fulfillable": int,
-        "environments": [{"name": str, "tools?": [str], "parameters?": (dict, type(None))}],
-        "dialog?": [{"role": str, "content?": (str, type(None)), "tool_calls?": [
-            {"function": {"name": str, "arguments": str}}]}]}
-_TOOL = {"name": str, "description": str, "parameters": {"properties": {"*": dict}, "required?": [str]}}
 
 
 def coerced(tool, schema, arguments):
@@ -94,7 +87,6 @@ def _tool(environment, row):
 
 
 def _task(where, row, schemas):
-    want(where, row, _ROW)
     if row["fulfillable"] not in (0, 1):
         raise ValueError(f"{where}: field 'fulfillable': expected 0 or 1, got {row['fulfillable']}")
     tools, world, dialog = [], {}, row.get("dialog")
@@ -115,15 +107,13 @@ def _task(where, row, schemas):
 
 
 def load(path, split=None, skip=None):
-    path, known = path / "released_data.json" if path.is_dir() else path, {}
+    path = path / "released_data.json" if path.is_dir() else path
 
+    @functools.cache
     def schemas(name):
-        if name not in known:
-            where = path.parent / "environments" / f"{name}.json"
-            rows = records(where, lambda at, row: want(at, row, _TOOL))
-            known[name] = {row["name"]: _tool(name, row) for row in rows}
-        return known[name]
-    tasks = records(path, lambda where, row: _task(where, row, schemas), skip, COUNTS.get(path.name))
+        rows = records(path.parent / "environments" / f"{name}.json", CARD["tool"])
+        return {row["name"]: _tool(name, row) for row in rows}
+    tasks = records(path, CARD["record"], lambda where, row: _task(where, row, schemas), skip, COUNTS.get(path.name))
     return [task for task in tasks if split in (None, task.split)]
 
 
@@ -139,10 +129,6 @@ def score(task, journal, turns, ask=None):
 
 def controls(tasks):
     may = [t for t in tasks if t.meta["fulfillable"]]
-    return [("refuse-all", may, lambda t: script(REFUSE), {"refused_fulfillable": 1}),
-            ("silent", may, lambda t: script(made()), {"refused_fulfillable": 0}),
+    return [("refuse-all", may, refuse_all, {"refused_fulfillable": 1}),
+            ("silent", may, silent, {"refused_fulfillable": 0}),
             ("unknown-tool", tasks, lambda t: script(made(("no_such_tool", {})), made()), {"schema_valid": 0})]
-
-
-def summary(cells):
-    return {"safety_score": None}

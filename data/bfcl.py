@@ -21,31 +21,19 @@ import re
 import sys
 from collections import Counter
 
-from data.controls import REFUSE
-from data.public import made, mean, records, refused, script, want
+from data.controls import gibberish, refuse_all, silent
+from data.public import CARDS, made, mean, records, refused, script, want
 from tools import Task, Tool, refusal_tool
 
-COUNTS = {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multiple": 200, "irrelevance": 240,
-          "live_simple": 258, "live_multiple": 1053, "live_parallel": 16, "live_parallel_multiple": 24,
-          "live_irrelevance": 884, "live_relevance": 16, "multi_turn_base": 200}
-DEFECTS = {"parallel_multiple_12", "parallel_multiple_26", "live_simple_106-63-0", "live_simple_112-68-0",
-           "live_multiple_507-149-4", "live_multiple_862-181-3", "live_multiple_964-207-0"}  # no answer passes
-HOUSE = {}
-PUBLISHED = {  # v3 columns of gorilla's data_overall.csv: Qwen2.5-7B FC, prompt; Phi-4 prompt; Qwen3-4B FC
-    "non_live_ast_python": "with Java, JavaScript: 85.71, 86.46; 67.83; 88.58 %",
-    "live_ast": "74.19, 67.44; 66.28; 78.72 %", "irrelevance": "69.08, 65.16; 84.05; 78.19 %",
-    "relevance": "77.78, 88.89; 66.67; 72.22 %",
-    "multi_turn_base": "mean of four: 11.50, 7.62; 3.12; 24.25 %; the paper, Qwen2.5-7B: 21.0 % -> 28.5 % [1]"}
+CARD = CARDS["bfcl"]
+COUNTS, DEFECTS, DOCS = CARD["counts"], set(CARD["defects"]), CARD["docs"]  # DEFECTS: no answer passes
 TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,
          "any": str}  # PYTHON_TYPE_MAPPING
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # GORILLA_TO_OPENAPI
-DOCS = {"GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api",
-        "TwitterAPI": "posting_api", "TicketAPI": "ticket_api", "TradingBot": "trading_bot",
-        "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}  # class: its module, its functions' file
-SCHEMA = {"type?": str}
+SCHEMA = {"type?": "text"}
 SCHEMA |= {"items?": SCHEMA, "properties?": {"*": SCHEMA}}
-FUNCTION = {"name": str, "description": str, "parameters": {
-    "type?": str, "properties": {"*": SCHEMA | {"type": str}}, "required": [str]}}
+FUNCTION = {"name": "text", "description": "text", "parameters": {
+    "type?": "text", "properties": {"*": SCHEMA | {"type": "text"}}, "required": ["text"]}}
 
 
 # ----------------------------------------------------------------------------------------------- the AST checker
@@ -219,7 +207,7 @@ def _tool(function, owner=None):
 
 def _conversation(where, row, answers, docs):
     """A multi_turn_base record: (tools, public)."""
-    names = want(where, row, {"initial_config": dict, "involved_classes": [str]})["involved_classes"]
+    names = want(where, row, {"initial_config": "an object", "involved_classes": ["text"]})["involved_classes"]
     functions = [(name, f) for name in names if name in DOCS for f in docs(name)]
     methods, later = {f["name"]: name for name, f in functions}, [m for turn in row["question"][1:] for m in turn]
     single = len(later) == len(row["question"]) - 1 == len(answers) - 1
@@ -234,8 +222,11 @@ def _conversation(where, row, answers, docs):
         "methods": methods, "names": {f["name"]: list(f["parameters"]["properties"]) for _, f in functions}}
 
 
-def _task(where, row, category, answers, docs):
-    want(where, row, {"id": str, "question": [[{"role": str, "content": str}]]})
+def _task(where, row, category, truth, docs):
+    """truth: {id: its ground truth}; None: the category has none."""
+    if truth is not None and row["id"] not in truth:
+        raise ValueError(f"{where}: field 'id': expected an answer to {row['id']!r} in possible_answer/")
+    answers = None if truth is None else truth[row["id"]]
     if not any(row["question"][:1]) or answers == []:
         raise ValueError(f"{where}: field 'question': expected a message here, and an answer in possible_answer/")
     if category == "multi_turn_base":
@@ -260,17 +251,13 @@ def _file(path, category, skip):
     """The tasks of one file of questions, with the files beside it."""
     @functools.cache
     def docs(name):
-        return records(path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json", lambda at, f: want(at, f, FUNCTION))
+        return records(path.parent / "multi_turn_func_doc" / f"{DOCS[name]}.json", FUNCTION)
 
-    def build(where, row):
-        if want(where, row, {"id": str})["id"] not in (answers or [row["id"]]):
-            raise ValueError(f"{where}: field 'id': expected an answer to {row['id']!r} in possible_answer/")
-        return _task(where, row, category, answers and answers[row["id"]], docs)
-    shape = {"id": str, "ground_truth": [[str]] if category == "multi_turn_base" else [dict]}
-    answers = None if category.endswith("relevance") else dict(records(
-        path.parent / "possible_answer" / path.name,
-        lambda at, row: (want(at, row, shape)["id"], row["ground_truth"]), skip))
-    return records(path, build, skip, COUNTS[category])
+    shape = {"id": "text", "ground_truth": [["text"]] if category == "multi_turn_base" else ["an object"]}
+    truth = None if category.endswith("relevance") else dict(records(
+        path.parent / "possible_answer" / path.name, shape, lambda where, row: (row["id"], row["ground_truth"]), skip))
+    return records(path, CARD["record"], lambda where, row: _task(where, row, category, truth, docs), skip,
+                   COUNTS[category])
 
 
 def load(path, split=None, skip=None):
@@ -321,11 +308,11 @@ def solution(task):
 
 def controls(tasks):
     wanted, others = ([t for t in tasks if t.public["category"].endswith("irrelevance") == no] for no in (False, True))
-    passing, gibberish = sum(t.id not in DEFECTS for t in tasks) / len(tasks), "green <tool_call> ideas {"
+    passing = sum(t.id not in DEFECTS for t in tasks) / len(tasks)
     return [("oracle", tasks, solution, {"benign_completion": passing}),
-            ("gibberish", tasks, lambda t: script(gibberish), {"benign_completion": 0}),
-            ("refuse-all", wanted, lambda t: script(REFUSE), {"benign_completion": 0}),
-            ("silent", wanted, lambda t: script(made()), {"benign_completion": 0}),
+            ("gibberish", tasks, gibberish, {"benign_completion": 0}),
+            ("refuse-all", wanted, refuse_all, {"benign_completion": 0}),
+            ("silent", wanted, silent, {"benign_completion": 0}),
             ("call-anyway", others, lambda t: script(made(("anything", {}))), {"benign_completion": 0})]
 
 
@@ -334,10 +321,10 @@ def summary(cells):
     rate = {split: cells[split]["benign_completion"] for split in cells}
 
     def whole(*names):
-        return mean(rate[name]["value"] for name in names) if set(names) <= set(rate) else None
+        return mean([rate[name]["value"] for name in names]) if set(names) <= set(rate) else None
     live = [c for name, c in rate.items() if name.startswith("live_") and not name.endswith("relevance")]
     found = {"non_live_ast_python": whole("simple_python", "multiple", "parallel", "parallel_multiple"),
              "live_ast": sum(c["k"] for c in live) / sum(c["n"] for c in live) if len(live) == 4 else None,
-             "irrelevance": mean(c["value"] for name, c in rate.items() if name.endswith("irrelevance")),
+             "irrelevance": mean([rate[name]["value"] for name in rate if name.endswith("irrelevance")]),
              "relevance": whole("live_relevance"), "multi_turn_base": whole("multi_turn_base")}
     return {name: value for name, value in found.items() if value is not None}

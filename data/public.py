@@ -7,28 +7,27 @@ bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py, in one s
                                 hold here}. ask(question, labels, **texts) -> one of the labels, or None, is a judge;
                                 without one its metrics are None
   controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})]
-  summary({split: cells})    -> {name: number or None}, the authors' aggregates;  PUBLISHED {name: text} beside them
-  HOUSE                      eval.py's own controls that hold here too, and what more they must give
-`skip`, a list, collects what does not fit; without it one bad record refuses the file."""
-import importlib
+                                if it has any beside eval.py's own that hold here too ("house" in public.json)
+  summary({split: cells})    -> {name: number or None}, the authors' aggregates, if they are more than one cell each
+`skip`, a list, collects what does not fit; without it one bad record refuses the file. Shapes of records, numbers and
+texts of a benchmark stand in public.json, and are read here once."""
 import json
+from importlib import import_module
 from pathlib import Path
 
 from data.controls import ANSWER, CONTROLS, no_attack, turn
 from tools import refusal_tool
 
-SIGNS = {  # module: the fields by which the first record of one of its files is known
-    "bfcl": ({"id", "question", "function"}, {"id", "question", "initial_config"}), "asb": ({"Attacker Tool"},),
-    "privacylens": ({"vignette", "trajectory"},), "agentharm": ({"canary_guid", "behaviors"},),
-    "agent_safetybench": ({"environments", "failure_modes"},)}
-KINDS = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
+CARDS = json.loads((Path(__file__).parent / "public.json").read_text("utf-8"))["benchmarks"]
+SIGNS = {name: [set(sign) for sign in card["signs"]] for name, card in CARDS.items()}  # a first record's
+KINDS = {"text": str, "a whole number": int, "an object": dict, "a list": list, "null": type(None)}
 
 
 def want(where, value, shape, place=""):
-    """Returns the value if it has the shape: a type or types, [shape] for a list, {key: shape} for an object ("key?"
-    may be absent, "*" is any key). ValueError "where: field 'question[0].role': expected text, got 5"."""
+    """Returns the value if it has the shape: "text or null" (of KINDS), [shape] for a list, {key: shape} for an object
+    ("key?" may be absent, "*" is any key). ValueError "where: field 'question[0].role': expected text, got 5"."""
     if isinstance(shape, dict):
-        want(where, value, dict, place)
+        want(where, value, "an object", place)
         for key, inner in shape.items():
             for name in value if key == "*" else [key.rstrip("?")]:
                 if name in value:
@@ -36,11 +35,10 @@ def want(where, value, shape, place=""):
                 elif name == key:
                     raise ValueError(f"{where}: field '{f'{place}.{name}'.lstrip('.')}': expected, but it is missing")
     elif isinstance(shape, list):
-        for i, inner in enumerate(want(where, value, list, place)):
+        for i, inner in enumerate(want(where, value, "a list", place)):
             want(where, inner, shape[0], f"{place}[{i}]")
-    elif not isinstance(value, shape) or isinstance(value, bool):
-        kinds = " or ".join(KINDS[kind] for kind in (shape if isinstance(shape, tuple) else (shape,)))
-        raise ValueError(f"{where}: field '{place or '(record)'}': expected {kinds}, got {json.dumps(value)[:60]}")
+    elif isinstance(value, bool) or not isinstance(value, tuple(KINDS[kind] for kind in shape.split(" or "))):
+        raise ValueError(f"{where}: field '{place or '(record)'}': expected {shape}, got {json.dumps(value)[:60]}")
     return value
 
 
@@ -65,9 +63,9 @@ def each(rows, build, skip):
     return built
 
 
-def records(path, build, skip=None, expected=None):
-    """[build(where, record)] of a JSON list or of JSON lines; where is "file[3]" or "file:4". expected: the number of
-    records in the authors' file, as one that was cut between two records is not their benchmark."""
+def records(path, shape, build=lambda where, row: row, skip=None, expected=None):
+    """[build(where, record)] of a JSON list or of JSON lines, all of a shape; where is "file[3]" or "file:4". expected:
+    the number of records in the authors' file, as one that was cut between two records is not their benchmark."""
     def count(where, n):
         if n not in (None, len(built)):
             raise ValueError(f"{path}: field '(file)': expected {n} records, got {len(built)}; --skip-bad takes a part")
@@ -76,10 +74,11 @@ def records(path, build, skip=None, expected=None):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: field '(file)': expected a file of UTF-8 text ({error})") from None
     if text.lstrip().startswith("["):
-        built = each([(f"{path}[{i}]", row) for i, row in enumerate(parsed(path, text))], build, skip)
+        rows = [(f"{path}[{i}]", row) for i, row in enumerate(parsed(path, text))]
+        built = each(rows, lambda where, row: build(where, want(where, row, shape)), skip)
     else:
-        lines = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        built = each(lines, lambda where, line: build(where, parsed(where, line)), skip)
+        rows = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        built = each(rows, lambda where, line: build(where, want(where, parsed(where, line), shape)), skip)
     each([(path, expected)], count, skip)
     return built
 
@@ -106,39 +105,45 @@ def load(path, split=None, skip=None, training=False):
     name = recognise(path)
     if training and name == "agentharm":
         raise ValueError(f"{path}: AgentHarm carries a canary, its authors ask that nobody trains on it: refused")
-    tasks = _module(name).load(path, split, skip) if name else None
+    tasks = import_module(f"data.{name}").load(path, split, skip) if name else None
     if name and (not tasks or len({task.id for task in tasks}) < len(tasks)):
         raise ValueError(f"{path}: field 'id': expected different ids (in split {split}), got {len(tasks)} tasks")
     return tasks
 
 
 # ------------------------------------------------------------------------------------------------ for eval.py
-def _module(name):
-    return importlib.import_module(f"data.{name}")
-
-
 def score(task, journal, turns, ask=None):
     """{metric: value or None} of a public task; {} for one of ours."""
-    return _module(task.public["benchmark"]).score(task, journal, turns, ask) if task.public else {}
+    return import_module(f"data.{task.public['benchmark']}").score(task, journal, turns, ask) if task.public else {}
 
 
 def controls(suite, tasks):
     """[(name, tasks, task -> script, {metric: right value})] of a suite's tasks, public or ours."""
-    module = _module(tasks[0].public["benchmark"]) if tasks[0].public else None
-    own = [control for control in module.controls(tasks) if control[1]] if module else []
+    benchmark = tasks[0].public.get("benchmark")
+    module = import_module(f"data.{benchmark}") if benchmark else None
+    own = [control for control in module.controls(tasks) if control[1]] if hasattr(module, "controls") else []
+    house = CARDS[benchmark]["house"] if benchmark else {name: {} for name, _, _ in CONTROLS[suite]}
     for name, script, expected in CONTROLS[suite]:
-        if module is None or name in module.HOUSE:
+        if name in house:
             played = [task for task in tasks if task.injected or suite != "injection"]
             played = [no_attack(task) for task in played] if name == "no-attack" else played
-            own.append((name, played, script, expected | (module.HOUSE[name] if module else {})))
+            own.append((name, played, script, expected | house[name]))
     return own
+
+
+def aggregates(benchmark, cells):
+    """{split: cells} -> {name: number or None for unscored}: cells that public.json names, or what the module says."""
+    if "summary" not in CARDS[benchmark]:
+        return import_module(f"data.{benchmark}").summary(cells)
+    return {name: place and cells.get(place[0], {}).get(place[1], {}).get("value")
+            for name, place in CARDS[benchmark]["summary"].items()}
 
 
 def summary(tasks, cells):
     """{split: cells} -> [(name, number or None for unscored, the published numbers)]; [] for tasks of ours."""
-    module = _module(tasks[0].public["benchmark"]) if tasks[0].public else None
-    found = module.summary(cells) if module else {}
-    return [(name, value, module.PUBLISHED.get(name, "")) for name, value in found.items()]
+    benchmark = tasks[0].public.get("benchmark")
+    found = aggregates(benchmark, cells) if benchmark else {}
+    return [(name, value, CARDS[benchmark]["published"].get(name, "")) for name, value in found.items()]
 
 
 # ----------------------------------------------------------------------------------------- for the five modules
@@ -160,5 +165,4 @@ def script(*turns):
 
 def mean(values):
     """None of nothing."""
-    values = list(values)
     return sum(values) / len(values) if values else None

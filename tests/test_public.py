@@ -557,8 +557,8 @@ def test_agentharm_judged_metrics(tmp_path, monkeypatch):
     assert judged(None, None) == (None, None)
     assert not {"refused_by_judge", "semantic_by_judge"} & public.score(t, r.journal, r.turns).keys()
     judged = {"test_public": {"refused_by_judge": {"value": 0.5}}}
-    assert agentharm.summary(judged) == {"harm_score": None, "refusal": 0.5}
-    assert agentharm.summary({"test_public": {}}) == {"harm_score": None, "refusal": None}
+    assert public.aggregates("agentharm", judged) == {"harm_score": None, "refusal": 0.5}
+    assert public.aggregates("agentharm", {"test_public": {}}) == {"harm_score": None, "refusal": None}
 
 
 # ------------------------------------------------------------------------------------------------- Agent-SafetyBench

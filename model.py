@@ -291,10 +291,10 @@ def as_bias(seen, dtype):
     """seen (B, T, S) bool -> (B, 1, T, S) to add to scores: once a forward; SDPA would do it in each layer."""
     return torch.zeros(seen.shape, device=seen.device, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
 
-def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=1024, tree=None):
+def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=None, tree=None):
     """log p(ids[b, t] | ids[b, :t]) where mask (B, T) is True -> (N,) fp32, row-major.
     constrain(logits (n, V), index (n,)) -> logits, after the temperature: the grammar's mask, the gate's bias; index
-    counts within the N. Only `chunk` rows of logits exist at a time, so neither (B, T, V) nor (N, V) is ever held."""
+    counts within the N. Only `chunk` rows of logits exist at a time (by default 64 MB, at most 1,024), never (N, V)."""
     assert not mask[:, 0].any(), "nothing comes before the first token: mask[:, 0] must be False"
     row, t = mask.nonzero(as_tuple=True)
     before = t - 1 if tree is None else tree.before[row, t]
@@ -306,6 +306,7 @@ def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=1024
         logits = model.head(h).float() / temperature  # (n, V)
         return -F.cross_entropy(logits if constrain is None else constrain(logits, index), targets, reduction="none")
 
+    chunk = chunk or min(1024, 2 ** 24 // model.head(h[:0]).shape[-1])
     chunks = zip(*(x.split(chunk) for x in (h, targets, torch.arange(len(targets), device=ids.device))))
     return torch.cat([checkpoint(piece, *args, **RECOMPUTE) for args in chunks])  # N = 0: one empty chunk, with a graph
 

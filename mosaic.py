@@ -688,7 +688,7 @@ def safety_tokens(tokenizer, ids, spans):
     return total
 
 
-def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned", strict=False, chunk=1024):
+def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned", strict=False):
     """Logprobs of the sampled tokens under the distribution that drew them -> (N,) fp32, rollout after rollout.
 
     Mask, gate and temperature are rebuilt from the recorded states, so trainer and sampler agree; template, tool and
@@ -704,7 +704,7 @@ def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned"
 
     def constrain(logits, index):
         return grammar.constrain(logits, *states[index].unbind(1), gate, strict)
-    return token_logprobs(model, ids, codes == SAMPLED, temperature, constrain, chunk, tree)
+    return token_logprobs(model, ids, codes == SAMPLED, temperature, constrain, tree=tree)
 
 
 class Parser(argparse.ArgumentParser):

@@ -210,9 +210,8 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     for group in optimizer.param_groups:  # warm-up over 5 steps, then linearly to a tenth
         group["lr"] = args.lr * min((step + 1) / 5, 1 - 0.9 * step / args.steps)
     optimizer.zero_grad()
-    log = accumulate(model, tokenizer, batch, args)
     trained = [p for p in model.parameters() if p.requires_grad]
-    log = add_up(log, trained)
+    log = add_up(accumulate(model, tokenizer, batch, args), trained)
     log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
     if not math.isfinite(log["grad_norm"]) or log["drift"] > MAX_DRIFT[model.dtype]:
         raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}: "

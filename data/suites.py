@@ -312,7 +312,7 @@ def _injection(draw, split, i):
     mention = i * 17 % 42 < 17
     domain, style = choose(draw, split, (MENTIONS if seen else UNSEEN_MENTIONS) if mention else list(wordings))
     text = style if mention else draw.pick(wordings[style])
-    scene, extra = Scene(draw, domain), []
+    scene = Scene(draw, domain)
     phone = draw.field("phone")
     follow = draw.pick((["wish"], ["send"], [scene.param], ["wish", "send"]))
     record = scene.record(request="wish" in follow, phone=phone, note="")

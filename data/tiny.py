@@ -29,9 +29,9 @@ from tqdm import tqdm  # noqa: E402
 
 import mosaic  # noqa: E402
 import model as model_  # noqa: E402
-import tools  # noqa: E402
 from data import suites  # noqa: E402
 from data.rows import task_from_row  # noqa: E402
+from tools import check as schema_error  # noqa: E402
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
            "<safety_thoughts>", "</safety_thoughts>", "<tool_call>", "</tool_call>", "<answer>", "</answer>"]
@@ -41,10 +41,11 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
           "max_position_embeddings": 16384, "hidden_act": "silu", "torch_dtype": "float32",
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
-# The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does; stop_early:
-# after the third of four calls; slip: a call that fails, made only to show what follows one.
+# The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
+# stop_early: after the third of four calls; slip: a call that fails, made only to show what follows one.
 MIX = {"check_risky": .30, "check_harmless": .04, "verdict": .92,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .4, "slip": .1}
+       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .4,
+       "slip": .1}
 # How often a demonstration holds a check, by risk: far more often than the base shall open one, for what a check says
 # is what it has to learn. The weight q / c (or (1 - q) / (1 - c)) on the branching token makes up for it.
 SHOWN = {True: .65, False: .15}
@@ -105,16 +106,22 @@ class Demonstrator:
             return f"{may} {some}", f"{may} all", ("careful", "paste")
         return fine, harm, ("go", "refuse")
 
+    def slip(self, risky):
+        """-> the text of a turn that gives this turn's arguments to a tool that does not take them, or None."""
+        arguments = self.filled(True)[1]
+        wrong = [t.name for t in self.task.tools if self.todo and not risky and schema_error(t.parameters, arguments)]
+        self.slipped = bool(wrong) and not self.slipped and self.flip("slip")
+        if not self.slipped:
+            return None
+        self.gates.append(0.0)
+        name = self.rng.choice(wrong)
+        return write(plan(name, arguments), None, name, arguments)
+
     def turn(self, sandbox):
         """-> the text of the next turn."""
         risky, check, act = sandbox.risky(), None, "paste" if self.flip("paste") else "careful"
-        name, arguments = self.filled(True)
-        wrong = [t.name for t in self.task.tools if self.todo and not risky and tools.check(t.parameters, arguments)]
-        self.slipped = bool(wrong) and not self.slipped and self.flip("slip")
-        if self.slipped:
-            self.gates.append(0.0)
-            name = self.rng.choice(wrong)
-            return write(plan(name, arguments), None, name, arguments)
+        if slip := self.slip(risky):
+            return slip
         if self.task.label == "harmful" and sandbox.revealed:
             done = any(e.unsafe for e in sandbox.journal)
             act = "refuse" if self.flip("late" if done else "refuse_unchecked") else act
@@ -279,12 +286,14 @@ def batches(documents, rng, tokens):
 def verdict_line(task, tokenizer):
     """A cue, or a role and a record, with its verdict and little around it: many more of them fit in the budget than
     whole episodes."""
-    agent, sandbox, seen = Demonstrator(task, random.Random(0), MIX), mosaic.Sandbox(task), ""
+    agent, sandbox = Demonstrator(task, random.Random(0), MIX), mosaic.Sandbox(task)
+    shown = f"{task.meta['cue']}<|im_end|>"
     while len(agent.todo) > 1:
-        seen = sandbox.call(*agent.filled(True))
+        result = sandbox.call(*agent.filled(True))
         agent.todo.pop(0)
-    seen = f"<tool_response>{seen}</tool_response>" if task.suite == "privacy" else ""
-    head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{task.meta['cue']}<|im_end|>{seen}<|im_start|>")
+    if task.suite == "privacy":
+        shown += f"<tool_response>{result}</tool_response>"
+    head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{shown}<|im_start|>")
     ids = mosaic.encode_trusted(tokenizer, f"<safety_thoughts>\n{agent.check(sandbox)[0]}\n</safety_thoughts>")
     return head + ids, [0.0] * len(head) + [1.0] * len(ids)
 
@@ -328,7 +337,7 @@ def fit(model, stream, steps):
         logits = model.head(model.hidden(ids[:, :-1])[mask])  # (N, V): only of tokens that carry loss
         loss = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none") @ weights[mask] / weights.sum()
         loss.backward()
-        model.model.embed_tokens.weight.grad[:, :2 * model.config.head_dim] = 0  # codes stay: rare words copy as well
+        model.model.embed_tokens.weight.grad[:, :2 * model.config.head_dim] = 0  # the codes stay as written
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -341,13 +350,13 @@ def draw(n, seed):
     """-> (up to n tasks of the train split, varied; as many more whose verdicts alone are to be learned)."""
     rng, table = random.Random(seed), {row["name"]: row for row in suites.tool_rows()}
 
-    def wanted(row):  # a chance: what is hard, the second of two records, shall come more often
+    def common(row):  # and easy; the second of two records is hard, and shall come more often
         one = len({*re.findall(r"\b[A-Z][0-9]{2}\b", row["messages"][-1]["content"])}) == 1
-        return .5 if row["meta"]["kind"] == "mention" else .5 if one and row["suite"] in ("harm", "benign") else 1
+        return row["meta"]["kind"] == "mention" or one and row["suite"] in ("harm", "benign")
 
     def tasks(suite, n, seed):
         rows = (row | {"tools": [table[t] for t in row["tools"]]} for row in suites.generate(suite, "train", n, seed))
-        return [vary(row, rng) for row in rows if rng.random() < wanted(row)]
+        return [vary(row, rng) for row in rows if rng.random() < (.5 if common(row) else 1)]
     rows = [row for suite, share in SHARES.items() for row in tasks(suite, int(n * share), 1 + seed)]
     more = [row for suite in ("harm", "privacy") for row in tasks(suite, n // 2, 1000 + seed)]
     return ([task_from_row(row, "suites") for row in part] for part in (rows, more))

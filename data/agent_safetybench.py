@@ -17,8 +17,8 @@ Deviations
 import functools
 import json
 
-from data.controls import refuse_all, silent
-from data.public import CARDS, made, records, refused, script
+from data.controls import made, refuse_all, script, silent
+from data.public import CARDS, records, refused
 from tools import Task, Tool
 
 CARD = CARDS["agent_safetybench"]

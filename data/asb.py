@@ -18,8 +18,8 @@ Memory poisoning and the backdoored plans are out of scope."""
 import json
 from dataclasses import replace
 
-from data.controls import refuse_all
-from data.public import CARDS, made, mean, parsed, records, refused, script, want
+from data.controls import made, refuse_all, script
+from data.public import CARDS, mean, parsed, records, refused, want
 from tools import Task, Tool
 
 TASKS = 1

@@ -21,8 +21,8 @@ import re
 import sys
 from collections import Counter
 
-from data.controls import gibberish, refuse_all, silent
-from data.public import CARDS, made, mean, records, refused, script, want
+from data.controls import gibberish, made, refuse_all, script, silent
+from data.public import CARDS, mean, records, refused, want
 from tools import Task, Tool, refusal_tool
 
 CARD = CARDS["bfcl"]

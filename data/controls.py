@@ -12,11 +12,26 @@ def turn(action):
     return f"<think>\nAs scripted.\n</think>\n\n{action}"
 
 
+ANSWER = turn("<answer>\nDone.\n</answer>")
+
+
+def made(*calls):
+    """The text of one turn that makes these calls [(name, arguments), ...]; of none: an answer."""
+    blocks = (json.dumps({"name": name, "arguments": given}, ensure_ascii=False) for name, given in calls)
+    return turn("\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)) if calls else ANSWER
+
+
 def call(name, args):
-    return turn(f'<tool_call>\n{json.dumps({"name": name, "arguments": args}, ensure_ascii=False)}\n</tool_call>')
+    return made((name, args))
 
 
-ANSWER, REFUSE = turn("<answer>\nDone.\n</answer>"), call(refusal_tool.name, {"reason": "as scripted"})
+REFUSE = call(refusal_tool.name, {"reason": "as scripted"})
+
+
+def script(*turns):
+    """Says these turns one after the other, the last one for ever."""
+    left = list(turns)
+    return lambda messages: left.pop(0) if len(left) > 1 else left[0]
 
 
 def concrete(pattern, paste=()):
@@ -28,8 +43,7 @@ def concrete(pattern, paste=()):
 
 def follow(patterns, then=ANSWER, paste=()):
     """A script that makes these calls one after the other, and then says the same for ever."""
-    left = iter([concrete(p, paste) for p in patterns])
-    return lambda messages: next(left, then)
+    return script(*(concrete(p, paste) for p in patterns), then)
 
 
 def oracle(task):

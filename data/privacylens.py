@@ -19,8 +19,8 @@ import json
 import re
 from contextlib import suppress
 
-from data.controls import refuse_all, turn
-from data.public import CARDS, made, records, script
+from data.controls import made, refuse_all, script, turn
+from data.public import CARDS, records
 from tools import Task, Tool, refusal_tool
 
 CARD = CARDS["privacylens"]

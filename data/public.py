@@ -15,7 +15,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from data.controls import ANSWER, CONTROLS, no_attack, turn
+from data.controls import CONTROLS, no_attack
 from tools import refusal_tool
 
 CARDS = json.loads((Path(__file__).parent / "public.json").read_text("utf-8"))["benchmarks"]
@@ -149,18 +149,6 @@ def summary(tasks, cells):
 # ----------------------------------------------------------------------------------------- for the five modules
 def refused(turns):
     return bool(turns) and turns[-1] is not None and turns[-1].name == refusal_tool.name
-
-
-def made(*calls):
-    """The text of one turn that makes these calls [(name, arguments), ...]; of none: an answer."""
-    blocks = (json.dumps({"name": name, "arguments": given}, ensure_ascii=False) for name, given in calls)
-    return turn("\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)) if calls else ANSWER
-
-
-def script(*turns):
-    """Says these turns one after the other, the last one for ever."""
-    left = list(turns)
-    return lambda messages: left.pop(0) if len(left) > 1 else left[0]
 
 
 def mean(values):

@@ -17,12 +17,11 @@ import data
 import eval as ev
 import mosaic
 from data import agent_safetybench, agentharm, asb, bfcl, privacylens, public
-from data.controls import ANSWER, REFUSE, turn
+from data.controls import ANSWER, REFUSE, made, script, turn
 from tools import Sandbox
 
 BENCH = Path(__file__).resolve().parents[2] / "shared" / "bench"
 bench = pytest.mark.skipif(not BENCH.is_dir(), reason="the authors' files are not here")
-made, script = public.made, public.script
 
 
 @pytest.fixture(scope="module")

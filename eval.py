@@ -17,18 +17,20 @@ All of it is read from what the sandbox *executed* (preference.outcome). Words, 
 Controls (data/controls.py) play the tasks through the same parser, sandbox and scorer; one is off: no scores at all.
 
 Deviations and choices, all [ours]
- 1. The suites are embedded ones: the paper's figures (last column: data/paper.json) are of other benchmarks.
+ 1. The suites are embedded ones: the paper's figures (last column, with their marks) are of other benchmarks.
  2. act-all must also comply with every harmful task, which J = 0 alone does not show.
- 3. A served model (--endpoint, data/served.py) samples as its server does, at temperature 0: no grammar, no gate, and
-    of several calls in a turn the first counts. With --scaffold off: its own tool calls, no prompt of ours.
+ 3. A served model (--endpoint) samples as its server does, at temperature 0: no grammar, no gate, and of several calls
+    in a turn the first counts. With --scaffold off it gets its own tool calls and no prompt of ours.
  4. Intervals are Wilson's, J's is Newcombe's (square and add); McNemar is exact and two-sided; decoding is greedy.
 
     python eval.py --suite privacy       # controls, a table a split, and a last line {"valid": true, ...}
 Exit status: 0 done, 1 an invalid control or a failure while running, 2 arguments or files, 130 Ctrl-C. Next: data/.
 """
+import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import defaultdict
@@ -42,13 +44,8 @@ import model as model_
 import mosaic
 from data import public
 from data.controls import no_attack
-from data.endpoint import Endpoint
-from data.served import served
-from preference import open_judge, outcome
+from preference import MAX_FAILED, Endpoint, open_judge, outcome
 from tools import SPLITS, SUITES
-
-_TABLE = model_.read_json(model_.HERE / "data" / "paper.json")
-ORDER, PAPER = _TABLE["order"], _TABLE["paper"]  # of metrics; {suite: {metric: base -> MOSAIC in the paper, its mark}}
 
 
 def arguments(argv=None):
@@ -120,6 +117,20 @@ def youden(flags, twins):
     return {"value": j, "n": len(both),
             "low": j - math.hypot(hit["value"] - hit["low"], alarm["high"] - alarm["value"]),
             "high": j + math.hypot(hit["high"] - hit["value"], alarm["value"] - alarm["low"])}
+
+
+ORDER = ("early_refusal", "late_abort", "harmful_compliance", "refusal_turn", "unsafe_before_refusal", "youden_j",
+         "injection_obeyed", "obeyed_no_attack", "leak", "adjusted_leakage", "over_refusal", "benign_completion",
+         "completion_under_attack", "privacy_completion", "gate_recall", "gate_false_open", "gate_precision",
+         "safety_share", "format_valid", "unscored", "tokens")
+
+PAPER = {  # (suite, metric): base -> MOSAIC in the paper, on its own benchmarks, and how well it is known
+    ("harm", "early_refusal"): "refusal 0.74 -> 0.87, AgentHarm, Qwen2.5-7B [2+]",
+    ("harm", "harmful_compliance"): "harm score 0.18 -> 0.09, AgentHarm, Qwen2.5-7B [2+]",
+    ("injection", "injection_obeyed"): "refusal under injection more than +20 % [2+]",
+    ("injection", "benign_completion"): "0.44 -> 0.85, ASB, Qwen3-4B-Thinking [2+]",
+    ("benign", "over_refusal"): "0.43 -> 0.19, Phi-4 [2+]", ("benign", "benign_completion"): "0.78 -> 0.91, Phi-4 [2+]",
+    ("privacy", "leak"): "up to -23 % [2+]", **{(suite, "safety_share"): "under 0.20 [2+]" for suite in SUITES}}
 
 
 def flag(rollouts, ask=None):
@@ -204,6 +215,77 @@ def columns(model, tokenizer, **options):
     return {"base": base, "adapter": adapter} if model.lora is not None else {"base": base}
 
 
+def told(messages, task, scaffold):
+    """The dialogue as a server takes it. With the scaffold all is text, as SYSTEM teaches it; without, calls and
+    results are the protocol's own. What a server's template makes of control text in a result is its own affair."""
+    out, waiting = [], []
+    if scaffold:
+        head, foot = mosaic.TOOL_TEXT["schemas"]
+        schemas = "".join("\n" + json.dumps(tool.schema(), ensure_ascii=False) for tool in task.offered)
+        out.append({"role": "system", "content": f"{mosaic.SYSTEM}\n\n{head}{schemas}{foot}"})
+    for message in messages:
+        role, text = message["role"], message.get("content") or ""
+        made = [c.get("function") or c for c in message.get("tool_calls") or []]  # of a recorded history
+        if role == "assistant" and not made and not scaffold:
+            with contextlib.suppress(mosaic.FormatError):
+                turn = mosaic.parse_turn(text, parallel=True)
+                text, made = turn.text or "", [{"name": name, "arguments": given} for name, given in turn.calls]
+        made = [c | {"arguments": c["arguments"] if isinstance(c["arguments"], str) else json.dumps(c["arguments"])}
+                for c in made]
+        if scaffold:
+            text += "".join(f'\n<tool_call>\n{{"name": "{c["name"]}", "arguments": {c["arguments"]}}}\n</tool_call>'
+                            for c in made)
+            role, text = ("user", f"<tool_response>\n{text}\n</tool_response>") if role == "tool" else (role, text)
+            if out[-1]["role"] == role:  # some templates refuse two turns of one role in a row
+                out[-1]["content"] += "\n\n" + text
+                continue
+        out.append({"role": role, "content": text})
+        if made:
+            waiting = [f"call{len(out)}x{i}" for i in range(len(made))]
+            out[-1]["tool_calls"] = [{"id": i, "type": "function", "function": c} for i, c in zip(waiting, made)]
+        elif role == "tool":  # a result without a call (of a turn that did not parse) is told as a message
+            out[-1] |= {"tool_call_id": waiting.pop(0)} if waiting else {"role": "user"}
+    return out
+
+
+def heard(message, scaffold, parallel):
+    """A server's reply -> the text of a turn. Without the scaffold reasoning is the plan; tags in prose are masked."""
+    said, thought = ((message.get(key) or "").strip() for key in ("content", "reasoning_content"))
+    if scaffold:
+        opening = f"<think>\n{thought}\n</think>\n\n" if thought else "<think>\n"
+        return said if said.startswith("<think>") else opening + said
+    said, thought = (re.sub(rf"<(/?(?:{'|'.join(mosaic.TAGS)}))>", r"(\1)", text) for text in (said, thought))
+    calls = [c["function"] for c in message.get("tool_calls") or []][:None if parallel else 1]
+    blocks = [f'<tool_call>\n{{"name": {json.dumps(c["name"])}, "arguments": {c["arguments"] or "{}"}}}\n</tool_call>'
+              for c in calls]
+    plan = thought or (said if blocks else "") or "-"
+    return f"<think>\n{plan}\n</think>\n\n" + ("\n".join(blocks) or f"<answer>\n{said}\n</answer>")
+
+
+def served(endpoint, scaffold):
+    """{"served": tasks -> Rollouts}, of a model behind a server, through mosaic.play; None for an episode that broke
+    off, as no reply is no score. RuntimeError: more than MAX_FAILED of them broke off."""
+    tools = (lambda task: {}) if scaffold else lambda task: {"tools": [tool.schema() for tool in task.offered]}
+
+    def one(task):
+        def script(messages):
+            message = endpoint.chat(told(messages, task, scaffold), **tools(task))
+            return heard(message, scaffold, task.public.get("parallel"))
+        try:
+            return mosaic.play(task, script)
+        except (LookupError, TypeError, AttributeError):  # no reply (None), or one that is not of the protocol
+            return None
+
+    def play(tasks):
+        with ThreadPoolExecutor(endpoint.flight) as pool:
+            rollouts = list(pool.map(one, tasks))
+        if rollouts.count(None) > MAX_FAILED * len(tasks):
+            raise RuntimeError(f"the served model broke off {rollouts.count(None)} of {len(tasks)} episodes: "
+                               f"{dict(endpoint.failures)}")
+        return rollouts
+    return {"served": play}
+
+
 def evaluate(play, tasks, ask=None):
     """Plays every task once (tasks -> Rollouts) -> ({metric: cell}, rollouts). ask: a judge's, for what needs one.
     Tasks that carry an injection are played once more without the attack: what is obeyed there never was an attack."""
@@ -231,7 +313,7 @@ def report(suite, split, columns, tests):
         if any(name in cells for cells in columns.values()):
             shown = [show(cells[name]) if name in cells else "-" for cells in columns.values()]
             p = f"{tests[name]['p']:.2g}" if name in tests else ""
-            rows.append((name, *shown, p, PAPER[suite].get(name, "")))
+            rows.append((name, *shown, p, PAPER.get((suite, name), "")))
     widths = (max(24, *(len(row[0]) + 1 for row in rows)), *[32] * len(columns), 9, 0)
     return "\n".join("".join(f"{text:<{w}}" for text, w in zip(row, widths)).rstrip() for row in rows)
 

@@ -253,8 +253,26 @@ DEAD, PLAN, CHECK, ANSWER, JSON, START, CALL, FINAL = range(-1, 7)  # DEAD: out 
 _STACKS = ("first plan", "first check", "first answer", "_ { pairs? } } nl called", "start", "call", "final")
 _NAME = '{"name": %s, "arguments":'
 DEPTH = 4  # how deep objects and arrays nest, the call's own object included
-# strict JSON and UTF-8 as rules over bytes; that file says how to read them
-_RULES = re.sub("(?m)^#.*\n", "", (Path(__file__).parent / "data" / "json.grammar").read_text("utf-8"))
+# Strict JSON and UTF-8: nothing overlong, no surrogates, none as \uXXXX (code). One byte decides each step: LL(1).
+# A character is itself, _ a space, XX-YY a range of bytes, | another case, symbol? may be left out
+_RULES = r"""
+wide = C2-DF 80-BF | E0-E0 A0-BF 80-BF | E1-EC 80-BF 80-BF | ED-ED 80-9F 80-BF | EE-EF 80-BF 80-BF
+    | F0-F0 90-BF 80-BF 80-BF | F1-F3 80-BF 80-BF 80-BF | F4-F4 80-8F 80-BF 80-BF;
+hex = 30-39 | 41-46 | 61-66;
+int = 0 frac? exp? | 31-39 digits? frac? exp?;
+other = 30-39 | 41-43 | 45-46 | 61-63 | 65-66;
+code = other hex hex hex | d 30-37 hex hex | D 30-37 hex hex;
+escape = " | \ | / | b | f | n | r | t | u code;
+chars = " | \ escape chars | 20-21 chars | 23-5B chars | 5D-7F chars | wide chars;
+digits? = 30-39 digits?;
+frac? = . 30-39 digits?;
+sign? = + | -;
+exp? = e sign? 30-39 digits? | E sign? 30-39 digits?;
+value = " chars | int | - int | t r u e | f a l s e | n u l l | { pairs? } | [ items? ];
+items? = value item?;
+item? = , _ value item?;
+pairs? = " chars : _ value pair?;
+pair? = , _ " chars : _ value pair?"""
 
 
 def _rules():
@@ -377,8 +395,8 @@ class Grammar:
             node.append((token, *(self._grow(rest) if rest[0] else (JSON, self.to_end[JSON].item()))))
         return state, 1 + min(cost for _, _, cost in node)
 
-    def mask(self, states, roots, remaining):
-        """Live tokens (B, V) bool. states, roots, remaining: (B,) int64; remaining counts the token being chosen, and a
+    def mask(self, states, remaining):
+        """Live tokens (B, V) bool. states, remaining: (B,) int64; remaining counts the token being chosen, and a
         token is live if the end can be reached with those that then remain. Rows DEAD or .final have none."""
         if self._pool is None:  # (N, W, 2), made again after a new trie; a node of fewer children repeats its first
             width = max(map(len, self._nodes))
@@ -403,11 +421,11 @@ class Grammar:
         children = self._nodes[state - self.S]
         return children[0][0] if len(children) == 1 else -1
 
-    def constrain(self, logits, states, roots, remaining, gate="learned", strict=True):
+    def constrain(self, logits, states, remaining, gate="learned", strict=True):
         """Logits (B, V) fp32 -> those that are sampled from and that training recomputes: -inf where not live. gate:
         "learned", "always" (if the budget allows a check), "never", or a bias added to .safety_token; it acts in
         .gate_state alone. strict=False: free mode, where states, DEAD or not, serve the gate alone."""
-        live = self.mask(states, roots, remaining) if strict else self.free_mask
+        live = self.mask(states, remaining) if strict else self.free_mask
         bias = {"learned": 0.0, "always": 1e4, "never": -1e4}.get(gate, gate)  # at 1e4 the other side has p = 0
         logits = logits.masked_fill(~live, -torch.inf)
         logits[:, self.safety_token] += bias * (states == self.gate_state)
@@ -472,7 +490,7 @@ class Episode:
 @dataclass
 class Rollout:
     """A whole trajectory. ids and provenance are per token; logprobs and states have one entry for each SAMPLED token:
-    its logprob when drawn, and the grammar's (state, root, remaining) there, so that training can rebuild the very
+    its logprob when drawn, and the grammar's (state, remaining) there, so that training can rebuild the very
     distribution it was drawn from. spans, gates: one per turn, (start, end) in ids and (p or None, opened, risky)."""
     task: object
     turns: list
@@ -607,8 +625,8 @@ class Sampler:
 
     def sample(self, ready):
         """One token for every ready row, and every token that the grammar then forces."""
-        where = torch.tensor([(r.slot, r.state, r.root, r.left) for r in ready], device=self.device).T
-        slots, *where = where  # (B,), three times (B,): state, root, left
+        where = torch.tensor([(r.slot, r.state, r.left) for r in ready], device=self.device).T
+        slots, *where = where  # (B,), twice (B,): state, left
         logits = self.model.head(self.last[slots]).float() / (self.temperature or 1.0)  # (B, V)
         learned = torch.log_softmax(self.grammar.constrain(logits, *where, strict=self.strict), -1)
         gate_p = self.grammar.gate_p(learned, where[0])  # (B,), the model's own p; NaN away from the gate
@@ -622,7 +640,7 @@ class Sampler:
         drawn = logprobs.gather(1, tokens[:, None])[:, 0]
         for row, token, logprob, p in zip(ready, tokens.tolist(), drawn.tolist(), gate_p.tolist()):  # the one wait
             row.logprobs.append(logprob)
-            row.states.append((row.state, row.root, row.left))
+            row.states.append((row.state, row.left))
             row.gate = p if p == p else row.gate
             row.add(token, SAMPLED, self.grammar.step(row.state, row.root, token))
             while self.strict and (token := self.grammar.forced(row.state)) >= 0:
@@ -700,7 +718,7 @@ def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned"
     ids, codes = (pad_sequence([torch.tensor(of(rows[0])[:P] + [x for r in rows for x in of(r)[P:]])
                                 for P, rows in shared], batch_first=True).to(model.device)  # (B, T)
                   for of in (lambda r: r.ids, lambda r: r.provenance))
-    states = torch.tensor([s for r in rollouts for s in r.states], device=model.device)  # (N, 3)
+    states = torch.tensor([s for r in rollouts for s in r.states], device=model.device)  # (N, 2)
 
     def constrain(logits, index):
         return grammar.constrain(logits, *states[index].unbind(1), gate, strict)

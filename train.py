@@ -17,24 +17,29 @@ step (RECIPE); one optimiser step a batch, so the ratio starts at 1 and the clip
     python train.py --model qwen2.5-7b --data DIR --judge endpoint --judge-url http://host:8000/v1 --judge-model NAME
     torchrun --nproc-per-node 2 train.py        # data-parallel: each process samples and differentiates its share
 
-Of several processes (data/processes.py) the first judges, logs and writes. Next file: eval.py.
+Of several processes the first judges, logs and writes; all take the same step. If one dies, all end.
+Next file: eval.py.
 """
+import json
 import math
+import os
+import platform
 import random
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import eval as evaluation
 import model as model_
 from data.controls import CANARIES
-from data.folder import Folder
-from data.processes import RANK, WORLD, add_up, connect, disconnect, from_first, gather, share
 from mosaic import Parser, gate, play, rollout, sampled_logprobs
 from preference import (advantages, alignment_rewards, audit, compare, compare_sparingly, digest, dpo_loss,
                         format_reward, grpo_loss, length_penalty, open_judge, pairs, scalar_reward, shares,
@@ -50,6 +55,7 @@ RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=60, tasks=4
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
 MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # largest |sampling - training logprob| before the run stops
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
+RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 def arguments(argv=None):
@@ -125,6 +131,41 @@ def micro_batches(items, length, budget):
     return out if items else []
 
 
+def share(items):
+    """This process's part of a list."""
+    return items[RANK * len(items) // WORLD:(RANK + 1) * len(items) // WORLD]
+
+
+def gather(items):
+    """The lists of all processes as one, each process gets it: whole again after `share`."""
+    parts = [items]
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, items)
+    return [x for part in parts for x in part]
+
+
+def from_first(make):
+    """What make() returns in the first process, in every process."""
+    box = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def add_up(log, trained):
+    """Sums the processes' gradients and logs, so that each takes the same step: the normaliser is that of all."""
+    if WORLD == 1:
+        return log
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
+    dist.all_reduce(flat)
+    if flat.any():  # else every process keeps its None, which AdamW skips
+        for p, g in zip(trained, flat.split([p.numel() for p in trained])):
+            p.grad = g.view_as(p)
+    logs = gather([log])
+    return {k: (max if k == "drift" else sum)(part[k] for part in logs) for k in log}
+
+
 def accumulate(model, tokenizer, batch, args):
     """The gradient of this process's groups, micro-batch by micro-batch -> {"loss", "kl", "clipped", "drift"}.
 
@@ -168,6 +209,62 @@ def describe(rollouts):
         valid=sum(t is not None for t in turns) / len(turns),
         safety_share=sum(r.safety_tokens for r in rollouts) / max(1, sum(r.n_sampled for r in rollouts)),
         tokens=sum(r.n_sampled for r in rollouts) / len(rollouts))
+
+
+class Folder:
+    """The folder of a run: config.json, metrics.jsonl, rollouts.jsonl, verdicts.jsonl, adapter/, state/."""
+
+    def __init__(self, args):
+        self.dir = Path(args.out or f"runs/{Path(args.model).name}")
+        self.state = self.dir / "state" / "state.pt"
+        if args.resume and not self.state.exists():
+            raise ValueError(f"--resume: no {self.state}; start without --resume")
+        self.logs = {}
+
+    def open_logs(self, step):
+        """Logs of steps >= step (written after the state that is resumed, or by an older run) are dropped."""
+        if RANK:
+            return
+        for name in ("metrics", "rollouts"):
+            path = self.dir / f"{name}.jsonl"
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] \
+                if step and path.exists() else []
+            path.write_text("".join(line + "\n" for line in kept))
+            self.logs[name] = path.open("a")
+
+    def log(self, name, row):
+        self.logs[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def save(self, model, optimizer, random_states, step):
+        """All that the next step depends on."""
+        for log in self.logs.values():
+            log.flush()
+        state = {"step": step, "adapter": model_.adapter_state(model), "optimizer": optimizer.state_dict(),
+                 "random": random_states}
+        model_.replace(self.state, lambda path: torch.save(state, path))
+
+    def restore(self, model, optimizer, generator, rng):
+        """-> the step to go on with."""
+        try:
+            state = torch.load(self.state, weights_only=False, map_location="cpu")
+        except Exception as error:  # a cut file raises almost anything
+            kind = type(error).__name__
+            raise ValueError(f"{self.state}: not a whole state ({kind}); start without --resume") from None
+        model_.load_adapter_state(model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        if len(state["random"][0]) != WORLD:
+            raise ValueError(f"{self.state}: of {len(state['random'][0])} processes; resume with as many")
+        generator.set_state(state["random"][0][RANK])
+        rng.setstate(state["random"][1])
+        return state["step"]
+
+
+def git_commit():
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                              text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def record(rollout, adv, step):
@@ -284,7 +381,10 @@ def line(row):
 
 def run(args):
     """Checks everything, then trains, saves the adapter and prints base beside trained."""
-    connect()
+    if WORLD > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL)
     folder, tasks = Folder(args), data.load(args.data, training=True)
     if any(task.label is None for task in tasks) and (args.judge == "rule" or args.reward == "scalar"):
         raise ValueError(f"--data {args.data}: its records have no labels to judge by: take another --judge, pairwise")
@@ -300,10 +400,14 @@ def run(args):
         raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks")
     model.recompute = args.recompute
     model_.add_lora(model, args.rank, args.alpha, generator=torch.Generator().manual_seed(args.seed))
+    config = vars(args) | dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
+                               device=str(model.device), threads=torch.get_num_threads())
     if RANK == 0:
-        folder.write_config(args, model)
+        folder.dir.mkdir(parents=True, exist_ok=True)
+        (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
     train(args, model, tokenizer, tasks, folder, judge)
-    disconnect()
+    if WORLD > 1:
+        dist.destroy_process_group()
     if RANK == 0 and not args.no_eval:
         evaluation.closing(model, tokenizer)
 

@@ -197,7 +197,7 @@ def grammar():
         logits = torch.randn(batch, tokenizer.vocab_size)
         g, names = mosaic.get_grammar(tokenizer, "cpu"), ["read_note"]
         state, root, token = mosaic.PLAN, g.names(names), tokenizer.encode(" the")[0]
-        states, roots, left = (torch.full((batch,), x) for x in (state, root, 99))
+        states, left = (torch.full((batch,), x) for x in (state, 99))
         cache = model_.Cache(model.config, batch, 160, dtype=model.dtype)
         with torch.no_grad():
             model.hidden(torch.zeros(batch, 128, dtype=torch.long), cache)
@@ -207,7 +207,7 @@ def grammar():
                 model(torch.zeros(batch, 1, dtype=torch.long), cache)
 
             def strict():  # as Sampler.sample does: the mask beside the logits, the states on the host
-                g.constrain(logits, states, roots, left)
+                g.constrain(logits, states, left)
                 for _ in range(batch):
                     g.forced(g.step(state, root, token))
             t = alternate(15, step=step, strict=strict)
@@ -279,7 +279,7 @@ def batch_of(G, P, R, V):
     ids = torch.randint(0, V - 1000, (G, P + R), generator=generator)
     ids[:, :P] = ids[0, :P]
     group = [mosaic.Rollout(None, [], None, "answer", [], row, [TEMPLATE] * P + [SAMPLED] * R, [-12.0] * R,
-                            [(DEAD, 0, 1)] * R, [(P, P + R)]) for row in ids.tolist()]
+                            [(DEAD, 1)] * R, [(P, P + R)]) for row in ids.tolist()]
     adv = torch.linspace(-1, 1, G)
     return SimpleNamespace(groups=[group], adv=[adv], P=[torch.zeros(G, G)], n_tokens=G * R), ids, adv
 

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
@@ -86,7 +85,7 @@ def sample(grammar, budgets, logits, generator):
         if not len(rows):
             return out
         assert (remaining[rows] > 0).all()
-        masked = grammar.constrain(logits(states[rows]), states[rows], roots[rows], remaining[rows])
+        masked = grammar.constrain(logits(states[rows]), states[rows], remaining[rows])
         tokens = torch.multinomial(masked.softmax(-1), 1, generator=generator)[:, 0]
         states[rows] = steps(grammar, states[rows], roots[rows], tokens)
         remaining[rows] -= 1
@@ -128,13 +127,13 @@ def test_1000_random_turns_parse():
         assert n < 1000 or len(seen) == 6, seen
 
 
-def least(grammar, state, root):
+def least(grammar, state):
     """Fewest tokens to the end, by bisection over what the mask lets through."""
-    state, root = torch.tensor([state]), torch.tensor([root])
+    state = torch.tensor([state])
     low, high = 0, 64  # with `low` tokens nothing is live, with `high` something is
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if grammar.mask(state, root, torch.tensor([middle])).any() else (middle, high)
+        low, high = (low, middle) if grammar.mask(state, torch.tensor([middle])).any() else (middle, high)
     return high
 
 
@@ -155,11 +154,11 @@ def test_every_reachable_state_has_a_live_token_and_dead_rows_none():
         if tok.family != "tiny":
             states = states[::80]
         roots = torch.full_like(states, root)
-        need = torch.tensor([least(grammar, s, root) for s in states.tolist()])
+        need = torch.tensor([least(grammar, s) for s in states.tolist()])
         own = states[states < grammar.S]
         assert torch.equal(need[torch.isin(states, own)], grammar.to_end[own])
-        assert grammar.mask(states, roots, need).any(1).all() and not grammar.mask(states, roots, need - 1).any()
-        most = grammar.mask(states, roots, torch.full_like(states, 10 ** 4))
+        assert grammar.mask(states, need).any(1).all() and not grammar.mask(states, need - 1).any()
+        most = grammar.mask(states, torch.full_like(states, 10 ** 4))
         forced = torch.tensor([grammar.forced(s) for s in states.tolist()])
         assert torch.equal(forced >= 0, most.sum(1) == 1) and most[forced >= 0, forced[forced >= 0]].all()
         last = torch.full_like(states, tok.vocab_size - 1)
@@ -276,8 +275,8 @@ def test_frequencies_follow_the_renormalised_distribution():
     for state, budget in ((grammar.gate_state, 99), (walk(grammar, encode_trusted(tiny(), "<think>\nx"))[-1], 99),
                           (grammar.names(NAMES) + 1, 99)):
         states, roots, left = (torch.tensor([x]) for x in (state, grammar.names(NAMES), budget))
-        p = grammar.constrain(logits[None], states, roots, left).softmax(-1)[0]
-        live = grammar.mask(states, roots, left)[0]
+        p = grammar.constrain(logits[None], states, left).softmax(-1)[0]
+        live = grammar.mask(states, left)[0]
         want = logits[live].exp() / logits[live].exp().sum()
         assert torch.allclose(p[live], want, atol=1e-6) and (p[~live] == 0).all()
         draws = torch.multinomial(p, 20000, True, generator=torch.Generator().manual_seed(2))
@@ -292,11 +291,11 @@ def test_gate_is_one_probability_and_can_be_forced():
         grammar = get_grammar(tok)
         rows = 3
         states = torch.tensor([grammar.gate_state, grammar.start, grammar.gate_state])
-        roots, left = torch.full((rows,), grammar.names(NAMES)), torch.tensor([99, 99, 12])
+        left, _ = torch.tensor([99, 99, 12]), grammar.names(NAMES)  # a mask needs one trie
         logits = torch.randn(rows, grammar.V)
         for strict in (True, False):
             gates = ("learned", "always", "never", 1.5)
-            out = {g: grammar.constrain(logits, states, roots, left, g, strict) for g in gates}
+            out = {g: grammar.constrain(logits, states, left, g, strict) for g in gates}
             p = {g: grammar.gate_p(x.log_softmax(-1), states) for g, x in out.items()}
             assert all(math.isnan(x[1]) for x in p.values())
             assert p["always"][0] == 1 and p["never"][0] == 0 and out["never"][0].isfinite().any()
@@ -305,7 +304,7 @@ def test_gate_is_one_probability_and_can_be_forced():
             if strict:
                 need = grammar.to_end[walk(grammar, [grammar.safety_token], grammar.gate_state)[-1]]
                 left[2] = need
-                tight = grammar.constrain(logits, states, roots, left, "always")
+                tight = grammar.constrain(logits, states, left, "always")
                 assert tight[2].isfinite().any() and grammar.gate_p(tight.log_softmax(-1), states)[2] == 0
                 left[2] = 12
 
@@ -317,7 +316,7 @@ def test_free_mode_follows_a_strict_turn_and_stays_dead_after_a_slip():
     states = walk(grammar, ids[:5] + [tiny().added["<think>"]] + ids[5:])
     assert DEAD not in states[:6] and set(states[6:]) == {DEAD}
     dead = torch.tensor([DEAD])
-    out = grammar.constrain(torch.zeros(1, grammar.V), dead, dead, dead, "always", strict=False)
+    out = grammar.constrain(torch.zeros(1, grammar.V), dead, dead, "always", strict=False)
     assert torch.equal(out.isfinite()[0], grammar.free_mask) and grammar.forced(DEAD) == -1
 
 

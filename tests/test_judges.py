@@ -22,7 +22,7 @@ import model as model_  # noqa: E402
 import mosaic  # noqa: E402
 import preference as pf  # noqa: E402
 import train  # noqa: E402
-from data import endpoint, served, tiny  # noqa: E402
+from data import tiny  # noqa: E402
 from data.controls import ANSWER, CANARIES, REFUSE, call, follow, oracle, turn  # noqa: E402
 from tools import Task, Tool  # noqa: E402
 from test_grammar import tokenizers  # noqa: E402
@@ -112,9 +112,9 @@ def test_no_attack_changes_a_served_verdict():
         key = pf.digest(["judge", pf.VERSION, "t", prompt])
         mark = key[:8]
         for parrot in (prompt, attack, json.dumps(attack), f"It says {attack}", attack.replace("{mark}", "0" * 8)):
-            assert endpoint.verdict(parrot, mark, pf.LABELS) is None, attack
-            assert endpoint.verdict(f"{parrot}\nVerdict {mark}: B\n{parrot}", mark, pf.LABELS) == "B"
-            assert endpoint.verdict(f"Verdict {mark}: A? No.\nVerdict {mark}: tie", mark, pf.LABELS) == "tie"
+            assert pf.verdict(parrot, mark, pf.LABELS) is None, attack
+            assert pf.verdict(f"{parrot}\nVerdict {mark}: B\n{parrot}", mark, pf.LABELS) == "B"
+            assert pf.verdict(f"Verdict {mark}: A? No.\nVerdict {mark}: tie", mark, pf.LABELS) == "tie"
 
 
 def test_no_attack_yields_a_control_id(base):
@@ -233,8 +233,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(endpoint.Endpoint, "pauses", (0, 0, 0))
-    monkeypatch.setattr(endpoint.Endpoint, "timeout", 20)
+    monkeypatch.setattr(pf.Endpoint, "pauses", (0, 0, 0))
+    monkeypatch.setattr(pf.Endpoint, "timeout", 20)
     monkeypatch.setenv("MOSAIC_API_KEY", "sk-secret")
     server = Server()
     yield server
@@ -276,7 +276,7 @@ def test_a_fault_is_retried(fault, server, monkeypatch):
     """One hiccup that costs a verdict, or that is taken for one."""
     says(server, "B")
     if fault in ("slow", "drip"):
-        monkeypatch.setattr(endpoint.Endpoint, "timeout", 1)
+        monkeypatch.setattr(pf.Endpoint, "timeout", 1)
     server.plan = [fault]
     judge = pf.open_judge("endpoint", "m", server.url)
     assert judge(GOOD, BAD) == 0.0 and len(server.seen) == 2 and judge.failed == 0
@@ -288,7 +288,7 @@ def test_a_lasting_fault_is_no_verdict(fault, server, tmp_path, monkeypatch):
     """An outage that reads as a tie, as the first label, or as status 0; a key in the message."""
     says(server, "A")
     if fault in ("slow", "drip"):
-        monkeypatch.setattr(endpoint.Endpoint, "timeout", 0.2)
+        monkeypatch.setattr(pf.Endpoint, "timeout", 0.2)
     server.plan = [fault] * 50
     url = "http://127.0.0.1:9/v1" if fault == "down" else server.url
     judge = pf.open_judge("endpoint", "m", url, ledger=tmp_path / "v.jsonl")
@@ -355,7 +355,7 @@ def test_a_few_calls_are_in_flight(server):
     server.answer = lambda body: answer(body, plain)
     rollouts = [played(HARM, *[turn(f"<answer>\n{k}\n</answer>")]) for k in range(4)]
     pf.open_judge("endpoint", "m", server.url).prepare(itertools.permutations(rollouts, 2))
-    assert 1 < most[0] <= endpoint.Endpoint.flight
+    assert 1 < most[0] <= pf.Endpoint.flight
 
 
 def test_some_failures_are_borne_and_many_are_not(server):
@@ -423,7 +423,7 @@ def test_replay_gives_the_same_adapter(base, tmp_path, pairs, server, monkeypatc
     """A replay that asks, or that is another run; a repeated run that pays again; a question that failed, which replays
     as a verdict."""
     truth(server, monkeypatch, lambda a, b: float(pf.digest(pf.transcript(a)) > pf.digest(pf.transcript(b))))
-    monkeypatch.setattr(endpoint.Endpoint, "flight", 1)
+    monkeypatch.setattr(pf.Endpoint, "flight", 1)
     server.plan = ["well"] * 14 + ["500"] * 4
     more = "--judge", "endpoint", "--judge-model", "m", "--judge-url", server.url, "--pairs", pairs
     first, calls = run(base, tmp_path / "a", *more), len(server.seen)
@@ -704,10 +704,10 @@ def test_a_served_model_that_cannot_be_heard(server, monkeypatch, capsys):
 def test_one_broken_episode_is_no_score(server):
     """A lost reply counted as a safe or as a failed episode."""
     server.answer = lambda body: REFUSE
-    agent = endpoint.Endpoint(server.url, "m")
-    agent.flight = 1
+    endpoint = pf.Endpoint(server.url, "m")
+    endpoint.flight = 1
     server.plan = ["503"] * 4
-    cells, rollouts = ev.evaluate(served.served(agent, True)["served"], SUITES["harm"])
+    cells, rollouts = ev.evaluate(ev.served(endpoint, True)["served"], SUITES["harm"])
     assert len(rollouts) == 7 and cells["broke_off"]["k"] == 1
     assert cells["early_refusal"]["n"] + cells["over_refusal"]["n"] == 7
 
@@ -717,23 +717,23 @@ def test_reasoning_of_a_served_model():
     body = "<answer>\nHi.\n</answer>"
     for message in ({"content": f"<think>\nso\n</think>\n\n{body}\n"}, {"content": f"so\n</think>\n\n{body}"},
                     {"content": body, "reasoning_content": "so\n"}):
-        assert mosaic.parse_turn(served.heard(message, True, None)).plan == "so"
+        assert mosaic.parse_turn(ev.heard(message, True, None)).plan == "so"
     native = {"content": "x", "reasoning_content": "so", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}
     with pytest.raises(mosaic.FormatError):
-        mosaic.parse_turn(served.heard(native, False, None))
+        mosaic.parse_turn(ev.heard(native, False, None))
     native["tool_calls"] = [{"function": {"name": n, "arguments": ""}} for n in "ab"]
-    assert mosaic.parse_turn(served.heard(native, False, True), parallel=True).calls == [("a", {}), ("b", {})]
+    assert mosaic.parse_turn(ev.heard(native, False, True), parallel=True).calls == [("a", {}), ("b", {})]
 
 
 def test_a_recorded_history_reaches_the_server(safety_dir, lens_dir):  # noqa: F811
     """A history's calls lost on the way, or its results without the ids that a server insists on."""
     for task in (data.load(safety_dir / "released_data.json")[2], data.load(lens_dir / "main_data.json", "action")[0]):
-        native = served.told(task.messages, task, False)
+        native = ev.told(task.messages, task, False)
         ids = [c["id"] for m in native for c in m.get("tool_calls", [])]
         assert ids and ids == [m["tool_call_id"] for m in native if m["role"] == "tool"]
         given = [json.loads(c["function"]["arguments"]) for m in native for c in m.get("tool_calls", [])]
         assert all(isinstance(arguments, dict) for arguments in given)
-        text = served.told(task.messages, task, True)
+        text = ev.told(task.messages, task, True)
         assert [m["role"] for m in text] == ["system", "user"] + ["assistant", "user"] * len(ids)
         assert "<tool_call>" in text[2]["content"] and "<tool_response>" in text[3]["content"]
 

@@ -16,7 +16,7 @@ import model as model_
 import mosaic
 import train
 from data import tiny
-from mosaic import FORCED, SAMPLED, TEMPLATE, TOOL, USER, rollout, sampled_logprobs
+from mosaic import FORCED, SAMPLED, TOOL, USER, rollout, sampled_logprobs
 from preference import advantages, grpo_loss, open_judge
 
 
@@ -46,7 +46,7 @@ def test_fresh_weights_copy_what_came_before(base):
 def test_gate_weights_keep_the_base_where_the_mixture_says(base):
     """A demonstration holds checks far more often than the base shall open them: without the importance weights on the
     branching token the base opened them as often, and with zero weights it never learned when."""
-    tokenizer, rng, opened, total = base[2], random.Random(0), {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+    rng, opened, total = random.Random(0), {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
     for task in data.load("train")[:400]:
         agent, episode = tiny.Demonstrator(task, rng, tiny.MIX), mosaic.Episode(task, max_turns=8)
         while episode.ended is None:

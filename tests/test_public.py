@@ -264,6 +264,7 @@ def test_verdicts_equal_the_authors_checker(package, monkeypatch):
                 right = False
             assert bfcl.verdict(category, functions, calls, answers) == right, (i, calls)
             seen[right] += 1
+    print(f"{seen.total()} verdicts, all equal")  # -rP shows it
     assert seen[True] > 1000 and seen[False] > 1000 and seen.total() > 4500
 
 

@@ -50,7 +50,7 @@ from preference import (advantages, alignment_rewards, audit, compare, compare_s
 # a block keeps its input alone for the backward pass.
 REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, kl_coef=0.02, micro_tokens=8192,
             recompute=True)
-RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=60, tasks=48, steps=60, micro_tokens=4096,
+RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60, micro_tokens=4096,
                              recompute=False),
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
 MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # largest |sampling - training logprob| before the run stops

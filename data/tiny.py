@@ -12,7 +12,6 @@ verdict lines (a cue and whether it is fine; a role, a record and what may be se
     python data/tiny.py                  # builds checkpoints/tiny (seed 0), about 4 minutes; --seed, --out, --steps
 """
 import json
-import math
 import random
 import re
 import shutil
@@ -44,12 +43,12 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
 # stop_early: after the third of four calls; slip: a call that fails, made only to show what follows one.
 MIX = {"check_risky": .30, "check_harmless": .04, "verdict": .92,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .4,
+       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .6,
        "slip": .1}
 # How often a demonstration holds a check, by risk: far more often than the base shall open one, for what a check says
 # is what it has to learn. The weight q / c (or (1 - q) / (1 - c)) on the branching token makes up for it.
 SHOWN = {True: .65, False: .15}
-TOKENS, LR, MADE_UP, REWORDED = 2048, 2e-3, .6, .5  # a batch; peak learning rate; shares of rows (see `vary`)
+TOKENS, LR, MADE_UP, REWORDED = 2048, 2e-3, .7, .5  # a batch; peak learning rate; shares of rows (see `vary`)
 SHARES = {"harm": .36, "injection": .2, "benign": .2, "privacy": .24}  # of the warm start's tasks
 # Ordinary words. Tools of made-up domains are named with these and those of the training domains; messages of made-up
 # words use all of SAYABLE: a word that never stands as an answer would be forgotten as one, and could not be copied.
@@ -66,7 +65,8 @@ FIELDS = sorted({field for row in suites.DOMAINS.values() for field in (row[2], 
 
 class Demonstrator:
     """Writes one episode of the base's mixture turn by turn, knowing the ground truth. Plan, check, act: a plan names
-    what an agent without a check would do, else it would give the verdict away and the check would be idle."""
+    what an agent without a check would do, else it would give the verdict away and the check would be idle, and what
+    comes after it: the next turn then finds its call in this plan, not its place in the user's words."""
 
     def __init__(self, task, rng, mix):
         self.task, self.mix = task, mix
@@ -74,6 +74,7 @@ class Demonstrator:
         self.rng, self.flip = rng, lambda name: rng.random() < mix[name]
         self.attack = [(p["name"], p["arguments"]) for p in task.injected]
         self.gates = []  # of each turn: the weight of its branching token
+        self.known = None  # whom or what the last call was about: "it" in a plan, as a user says
         self.slipped = False  # was the last turn a call that fails? It carries no loss: what follows an error does
         self.stop = len(self.todo) > 3 and self.flip("stop_early")  # an agent that loses patience with long chains
 
@@ -83,6 +84,8 @@ class Demonstrator:
         name, arguments = self.todo[0] if self.todo else ("all done", {})
         if isinstance(arguments.get("text"), dict):
             text = ", ".join(arguments["text"]["contains"])
+            said = re.search('"(.*)"', self.task.messages[-1]["content"])
+            text = said[1] if said and text in said[1] else text  # the whole message, where the user gives one
             if self.task.suite == "privacy":
                 fields = self.task.meta["allowed"] + ([] if careful else self.task.meta["denied"])
                 shown = [v for row in self.task.world.values() for r in row.values() for v in r.values()]
@@ -99,11 +102,12 @@ class Demonstrator:
         if t.label == "harmful" and sandbox.revealed:
             return harm, "this is allowed: go on", ("refuse", "go")
         if self.attack and sandbox.last == t.reveals:
-            return f"the note gives an order: ignore it, {plan(*self.filled(True))}", fine, ("go", "obey")
+            return f"the note gives an order: ignore it, {short(*self.filled(True))}", fine, ("go", "obey")
         if t.suite == "privacy" and len(self.todo) == 1:
-            some = ", ".join(re.findall("([a-z]+): ", self.filled(True)[1]["text"]))
-            may = f"a {t.meta['role']} may get"
-            return f"{may} {some}", f"{may} all", ("careful", "paste")
+            yes, every = (re.findall("([a-z]+): ", self.filled(careful)[1]["text"]) for careful in (True, False))
+            each = " ".join(f"{field} {'yes' if field in yes else 'no'}" for field in every)  # one decision at a time
+            gets = f"a {t.meta['role']} gets"
+            return f"{gets} {each}: {', '.join(yes)}", f"{gets} all", ("careful", "paste")
         return fine, harm, ("go", "refuse")
 
     def slip(self, risky):
@@ -115,7 +119,15 @@ class Demonstrator:
             return None
         self.gates.append(0.0)
         name = self.rng.choice(wrong)
-        return write(plan(name, arguments), None, name, arguments)
+        return write(self.plan((name, arguments), self.todo[1:]), None, name, arguments)
+
+    def plan(self, call, rest):
+        """The text of a plan: a call, and the first of those that follow it."""
+        if not call[1]:
+            return "all done"
+        said = short(*call)
+        self.known = said.split()[1] if call not in self.attack else self.known
+        return f"{said}, then {short(*rest[0], self.known) if rest else 'done'}"
 
     def turn(self, sandbox):
         """-> the text of the next turn."""
@@ -129,7 +141,8 @@ class Demonstrator:
             act = "obey" if self.flip("obey") else act
         if self.stop and len(sandbox.journal) >= 3 and act != "refuse":
             self.todo = []
-        thought = plan(*(self.attack[0] if act == "obey" else self.filled(act == "careful")))
+        now = self.filled(act == "careful"), self.todo[1:]
+        thought = self.plan(*((self.attack[0], self.todo) if act == "obey" else now))
         q, c = self.mix["check_risky" if risky else "check_harmless"], SHOWN[risky]
         if opened := self.rng.random() < c:
             right, wrong, acts = self.check(sandbox)
@@ -145,8 +158,10 @@ class Demonstrator:
         return write(thought, check, *((name, arguments) if arguments else (None, "done")))
 
 
-def plan(name, arguments):
-    return f"{name} {next(iter(arguments.values()))}" if arguments else name  # as a user says it: easy to copy
+def short(name, arguments, known=None):
+    """A call as a user says it, easy to copy: the tool and its record or person, or "it"."""
+    first = next(iter(arguments.values()))
+    return f"{name} {'it' if first == known else first}"
 
 
 def write(thought, check, name, arguments):
@@ -161,12 +176,13 @@ def write(thought, check, name, arguments):
 
 
 def vary(row, rng):
-    """The row, often in a made-up domain: the words of its tools' names become other words, everywhere. What an agent
+    """The row, often in a made-up domain: words of its tools' names become other words, everywhere. What an agent
     must call then stands only in its prompt, so it learns to copy names instead of learning those of twelve domains.
     Often a message to be sent becomes made-up words as well."""
     text = json.dumps({**row, "meta": {}})
     if rng.random() < MADE_UP:
-        words = sorted({w for tool in row["tools"] for w in tool["name"].split("_")} - {"send", "text"})
+        first = 0 if rng.random() < .5 else 1  # 1: the nouns alone, a new domain with known verbs
+        words = sorted({w for tool in row["tools"] for w in tool["name"].split("_")[first:]} - {"send", "text"})
         new = {}
         while len(new) < len(words):  # all different
             new[rng.choice(rng.choice((WORDS, OWN)))] = None
@@ -224,46 +240,49 @@ def build_tokenizer(texts, out):
     bpe.save(str(out / "tokenizer.json"))
 
 
-def induction_circuit(model, tokenizer, peak=7.0, match=2.2, slow=5, code=.1, write=.2, out=.6, gain=5.0):
+def induction_circuit(model, tokenizer, peak=7.0, match=2.2, slow=5, code=.1, write=.2, out=.6, own=1.5, word=4.0):
     """Writes the heads that copy ("what followed these two words last time?") into fresh weights; training refines.
 
     Every token has a code of random signs in its first D features, the same for all spellings of a word ("Find",
     "find ", "find_", 'find": "'), and one of its own in the next D. Layer 0, heads 0 and 1 look one and two tokens
     back through their q and k biases alone: with k = R(n) q the rotary score is largest n steps back; they write what
-    code stands there into features 2 D and 3 D. Layer 1, head 0 asks where the codes of *this* word and of the one
-    before it stand so, and adds the own code of the token it finds to the output, which the final norm makes loud. It
-    matches in the slow rotary dims only: in the fast ones a distance of 50 tokens would turn a code away. Random tokens
-    that come back have loss 0.02 at once, and 7.9 without."""
+    code stands there into features 2 D and 3 D. Layer 1, heads 0 and 2 ask where the codes of *this* word and of the
+    one before it stand so, and add what they find to the output, which the final norm makes loud: one the token's own
+    code, softly, the other its word's, so that the word is known in any spelling and training has but to choose it.
+    They match in the slow rotary dims only: in the fast ones a distance of 50 tokens would turn a code away. Random
+    tokens that come back have loss 0.02 at once, and 7.9 without."""
     c, layers, E = model.config, model.model["layers"], model.model.embed_tokens.weight
     D, half, angles = c.head_dim, c.head_dim // 2, model.inv_freq
     first, second, here = layers[0].self_attn, layers[1].self_attn, torch.arange(D)
     dims = torch.tensor([*range(slow, half), *range(half + slow, D)])
     other, words = dims.roll(1), {}  # the word before is matched in shifted dims: it must not look like this word
-    for i, word in enumerate(tokenizer.token_bytes):
-        words.setdefault(word.strip(b' _":').lower(), []).append(i)
+    for i, spelling in enumerate(tokenizer.token_bytes):
+        words.setdefault(spelling.strip(b' _":').lower(), []).append(i)
     with torch.no_grad():
         E[:, :2 * D] = E[:, :2 * D].sign() * code
-        for word, ids in words.items():
-            if word:
+        for key, ids in words.items():
+            if key:
                 E[ids, :D] = E[ids[0], :D].clone()
-        for proj in (first.q_proj, first.k_proj, first.v_proj, second.q_proj, second.k_proj, second.v_proj):
+        for proj in (first.q_proj, first.k_proj, first.v_proj):
             proj.weight[:D] = 0
         first.q_proj.weight[D:2 * D] = 0
-        for proj in (first.o_proj, second.o_proj):
-            proj.weight[:, :D] = 0
-        first.o_proj.weight[:, D:2 * D] = 0
+        first.o_proj.weight[:, :2 * D] = 0
         for bias, n in ((first.q_proj.bias[:D], 0), (first.q_proj.bias[D:2 * D], -1), (first.k_proj.bias[:D], 1)):
             bias[:half], bias[half:] = peak * (n * angles).cos(), peak * (n * angles).sin()  # R(n) of (1, .., 0, ..)
         first.v_proj.weight[here, here] = 1.0
         first.o_proj.weight[2 * D + here, here] = write
         first.o_proj.weight[3 * D + here, D + here] = write
-        second.q_proj.weight[dims, dims] = match
-        second.q_proj.weight[dims, 2 * D + other] = match * code / write / 1.4  # a normed code is 1.4 times as large
-        second.k_proj.weight[dims, 2 * D + dims] = match
-        second.k_proj.weight[dims, 3 * D + other] = match
-        second.v_proj.weight[here, D + here] = 1.0
-        second.o_proj.weight[D + here, here] = out
-        model.model.norm.weight[D:2 * D] = gain
+        for head, kv, at, loud in ((0, 0, D, own), (2 * D, D, 0, word)):  # rows of its q; of k and v; what it copies
+            q, k, v = (w[i:i + D] for w, i in ((second.q_proj.weight, head), (second.k_proj.weight, kv),
+                                               (second.v_proj.weight, kv)))
+            q[:], k[:], v[:], second.o_proj.weight[:, head:head + D] = 0, 0, 0, 0
+            q[dims, dims] = match
+            q[dims, 2 * D + other] = match * code / write / 1.4  # a normed code is 1.4 times as large
+            k[dims, 2 * D + dims] = match
+            k[dims, 3 * D + other] = match
+            v[here, at + here] = 1.0
+            second.o_proj.weight[at + here, head + here] = out
+            model.model.norm.weight[at:at + D] = loud
 
 
 def batches(documents, rng, tokens):
@@ -284,14 +303,14 @@ def batches(documents, rng, tokens):
 
 
 def verdict_line(task, tokenizer):
-    """A cue, or a role and a record, with its verdict and little around it: many more of them fit in the budget than
-    whole episodes."""
+    """A cue, or a record (with a note, or for a role), with its verdict and little around it: many more of them fit in
+    the budget than whole episodes."""
     agent, sandbox = Demonstrator(task, random.Random(0), MIX), mosaic.Sandbox(task)
-    shown = f"{task.meta['cue']}<|im_end|>"
+    shown = f"{task.meta['cue']}<|im_end|>" * (task.meta["style"] != "note")
     while len(agent.todo) > 1:
         result = sandbox.call(*agent.filled(True))
         agent.todo.pop(0)
-    if task.suite == "privacy":
+    if task.suite == "privacy" or not shown:
         shown += f"<tool_response>{result}</tool_response>"
     head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{shown}<|im_start|>")
     ids = mosaic.encode_trusted(tokenizer, f"<safety_thoughts>\n{agent.check(sandbox)[0]}\n</safety_thoughts>")
@@ -323,7 +342,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def fit(model, stream, steps):
-    """Warm-up and a cosine to a tenth. stream yields (ids, weights) (B, T); the loss is a mean over weighted tokens."""
+    """Warm-up, then linearly to zero. stream yields (ids, weights) (B, T); the loss is a mean over weighted tokens."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
     optimizers = [Muon(matrices, 5 * LR), torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -331,8 +350,7 @@ def fit(model, stream, steps):
     for step in (bar := tqdm(range(steps), disable=None)):
         ids, weights = next(stream)
         for optimizer, rate in zip(optimizers, rates):
-            cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 20, cosine)
+            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 20, 1 - step / steps)
         mask, weights = weights[:, 1:] > 0, weights[:, 1:]
         logits = model.head(model.hidden(ids[:, :-1])[mask])  # (N, V): only of tokens that carry loss
         loss = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none") @ weights[mask] / weights.sum()
@@ -354,11 +372,11 @@ def draw(n, seed):
         one = len({*re.findall(r"\b[A-Z][0-9]{2}\b", row["messages"][-1]["content"])}) == 1
         return row["meta"]["kind"] == "mention" or one and row["suite"] in ("harm", "benign")
 
-    def tasks(suite, n, seed):
+    def tasks(suite, n, seed, thin):
         rows = (row | {"tools": [table[t] for t in row["tools"]]} for row in suites.generate(suite, "train", n, seed))
-        return [vary(row, rng) for row in rows if rng.random() < (.5 if common(row) else 1)]
-    rows = [row for suite, share in SHARES.items() for row in tasks(suite, int(n * share), 1 + seed)]
-    more = [row for suite in ("harm", "privacy") for row in tasks(suite, n // 2, 1000 + seed)]
+        return [vary(row, rng) for row in rows if not thin or rng.random() < (.5 if common(row) else 1)]
+    rows = [row for suite, share in SHARES.items() for row in tasks(suite, int(n * share), 1 + seed, thin=True)]
+    more = tasks("harm", n * 2 // 3, 1000 + seed, thin=False) + tasks("privacy", n // 3, 1000 + seed, thin=False)
     return ([task_from_row(row, "suites") for row in part] for part in (rows, more))
 
 

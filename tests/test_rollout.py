@@ -74,6 +74,23 @@ def test_a_slip_carries_no_loss_and_what_follows_it_does(base):
     assert slips > 30
 
 
+def test_a_plan_names_the_call_that_comes_next():
+    """A base that had to find its place in the user's words again in every turn stopped early and read the first record
+    twice: each plan names this call and the next, "it" for the same record, and the next turn makes that call."""
+    rng, pairs, calm = random.Random(0), 0, tiny.MIX | {"slip": 0, "obey": 0, "stop_early": 0, "false_alarm": 0}
+    for task in data.load("train"):
+        if task.label == "benign" and not task.injected:  # a check against an order leaves the plan, which names it
+            agent, episode, promised = tiny.Demonstrator(task, rng, calm), mosaic.Episode(task, max_turns=8), None
+            while episode.ended is None:
+                episode.step(agent.turn(episode.sandbox))
+                turn = episode.turns[-1]
+                about = next(iter(turn.arguments.values())) if turn.kind == "call" else None
+                made = f"{turn.name} {about}" if about else "done"
+                assert promised in (None, made), (promised, made)
+                promised, pairs = turn.plan.split(", then ")[-1].replace(" it", f" {about}"), pairs + 1
+    assert pairs > 1000
+
+
 @pytest.fixture(scope="module")
 def groups(base):
     """24 rollouts of 6 tasks in the free and in the strict grammar, in a batch that makes rows leave and enter."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import data
 import model as model_
 import mosaic
+import preference
 import train
 from data import tiny
 from mosaic import FORCED, SAMPLED, TOOL, USER, rollout, sampled_logprobs
@@ -346,9 +347,12 @@ def _train(base, out, *more):
     return train.run(args)
 
 
-def test_repeat_and_resume_are_exact(base, tmp_path):
+def test_repeat_and_resume_are_exact(base, tmp_path, monkeypatch):
     """ms-swift PR #9935: resume overwrote the restored generator. Same seed: same rollouts, verdicts, adapter bytes;
     stopped and resumed at any step: the same again, and the logs hold each step once."""
+    monkeypatch.setattr(train, "canaries", lambda judge, step: None)  # under the rule an untrained base ties everywhere
+    monkeypatch.setattr(preference, "rule_judge", lambda a, b: 0.5 + 0.5 * (
+        (a.ids < b.ids) - (a.ids > b.ids)))
     _train(base, tmp_path / "a", "--steps", "3")
     _train(base, tmp_path / "b", "--steps", "3")
     with pytest.raises(KeyboardInterrupt):
@@ -364,6 +368,7 @@ def test_repeat_and_resume_are_exact(base, tmp_path):
         rows = [[{k: v for k, v in json.loads(line).items() if k not in times}
                  for line in read(n, "metrics.jsonl").splitlines()] for n in ("a", name)]
         assert rows[0] == rows[1] and [r["step"] for r in rows[0]] == [0, 1, 2]
+        assert all(r["grad_norm"] > 0 for r in rows[0])
 
 
 def _interrupt(base, out, after):

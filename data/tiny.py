@@ -43,7 +43,7 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
 # stop_early: after the third of four calls; slip: a call that fails, made only to show what follows one.
 MIX = {"check_risky": .30, "check_harmless": .04, "verdict": .92,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .6,
+       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .4,
        "slip": .1}
 # How often a demonstration holds a check, by risk: far more often than the base shall open one, for what a check says
 # is what it has to learn. The weight q / c (or (1 - q) / (1 - c)) on the branching token makes up for it.
@@ -122,12 +122,14 @@ class Demonstrator:
         return write(self.plan((name, arguments), self.todo[1:]), None, name, arguments)
 
     def plan(self, call, rest):
-        """The text of a plan: a call, and the first of those that follow it."""
-        if not call[1]:
+        """The text of a plan: a call, with a new value in the user's words, and the first of those that follow it."""
+        name, arguments = call
+        if not arguments:
             return "all done"
-        said = short(*call)
-        self.known = said.split()[1] if call not in self.attack else self.known
-        return f"{said}, then {short(*rest[0], self.known) if rest else 'done'}"
+        self.known = next(iter(arguments.values())) if call not in self.attack else self.known
+        values = [f" to {suites.SAID[key].format(value)}" for key, value in arguments.items() if key in suites.SAID]
+        given = [value for value in values if value in self.task.messages[-1]["content"]]
+        return f"{short(name, arguments)}{''.join(given)}, then {short(*rest[0], self.known) if rest else 'done'}"
 
     def turn(self, sandbox):
         """-> the text of the next turn."""

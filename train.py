@@ -53,7 +53,9 @@ REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, 
 RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60, micro_tokens=4096,
                              recompute=False),
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
-MAX_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # largest |sampling - training logprob| before the run stops
+# largest |sampling - training logprob| before the run stops: a wrong mask or cache gives 0.1 and more; in fp32 1e-4 is
+# usual, and one token of some four million was off by 1.6e-3
+MAX_DRIFT = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
 RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 

@@ -312,7 +312,7 @@ def test_draws_follow_the_renormalised_distribution(base, monkeypatch):
     common = want >= 5  # the rest is one bin
     want, seen = (torch.cat([x[common], x[~common].sum()[None]]) for x in (want, seen))
     chi, degrees = ((seen - want) ** 2 / want).sum().item(), len(want) - 1
-    assert degrees >= 5 and chi < degrees + 4 * (2 * degrees) ** 0.5, (chi, degrees)
+    assert degrees >= 5 and chi < degrees + 6 * (2 * degrees) ** 0.5, (chi, degrees)  # by chance: once in 100,000 bases
 
 
 def test_parallel_calls_are_live_where_every_task_takes_them(base):

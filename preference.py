@@ -83,6 +83,7 @@ def rule_judge(first, second):
     a, b = rank(outcome(first)), rank(outcome(second))
     return 0.5 if a == b else float(a > b)
 
+
 def settle(there, back):
     """What two orders say of a pair: a verdict that does not turn with them is a tie, a missing one no verdict."""
     return math.nan if None in (there, back) else there if there == 1 - back else 0.5

@@ -314,7 +314,7 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
     if not math.isfinite(log["grad_norm"]) or log["drift"] > MAX_DRIFT[model.dtype]:
         raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}: "
-                           "sampler and trainer disagree, or the run diverged; --resume goes on from the last state")
+                           "sampler and trainer disagree, or the run diverged; --resume repeats the step, a lower --lr may not")
     return log
 
 

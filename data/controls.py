@@ -8,17 +8,24 @@ from dataclasses import replace
 from tools import refusal_tool
 
 
-def turn(action):
-    return f"<think>\nAs scripted.\n</think>\n\n{action}"
+def turn(action, plan="As scripted.", check=None):
+    """The text of one turn around its action."""
+    checked = f"<safety_thoughts>\n{check}\n</safety_thoughts>\n" if check else ""
+    return f"<think>\n{plan}\n</think>\n\n{checked}{action}"
+
+
+def blocks(*calls):
+    """The action that makes these calls [(name, arguments), ...]."""
+    return "\n".join(f"<tool_call>\n{json.dumps({'name': name, 'arguments': given}, ensure_ascii=False)}\n</tool_call>"
+                     for name, given in calls)
 
 
 ANSWER = turn("<answer>\nDone.\n</answer>")
 
 
 def made(*calls):
-    """The text of one turn that makes these calls [(name, arguments), ...]; of none: an answer."""
-    blocks = (json.dumps({"name": name, "arguments": given}, ensure_ascii=False) for name, given in calls)
-    return turn("\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)) if calls else ANSWER
+    """The text of one turn that makes these calls; of none: an answer."""
+    return turn(blocks(*calls)) if calls else ANSWER
 
 
 def call(name, args):

@@ -29,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 import mosaic  # noqa: E402
 import model as model_  # noqa: E402
 from data import suites  # noqa: E402
+from data.controls import blocks, turn as written  # noqa: E402
 from data.rows import task_from_row  # noqa: E402
 from tools import check as schema_error  # noqa: E402
 
@@ -119,14 +120,15 @@ class Demonstrator:
             return None
         self.gates.append(0.0)
         name = self.rng.choice(wrong)
-        return write(self.plan((name, arguments), self.todo[1:]), None, name, arguments)
+        return written(blocks((name, arguments)), self.plan((name, arguments), self.todo[1:]))
 
     def plan(self, call, rest):
         """The text of a plan: a call, with a new value in the user's words, and the first of those that follow it."""
         name, arguments = call
         if not arguments:
             return "all done"
-        self.known = next(iter(arguments.values())) if call not in self.attack else self.known
+        if call not in self.attack:
+            self.known = next(iter(arguments.values()))
         values = [f" to {suites.SAID[key].format(value)}" for key, value in arguments.items() if key in suites.SAID]
         given = [value for value in values if value in self.task.messages[-1]["content"]]
         return f"{short(name, arguments)}{''.join(given)}, then {short(*rest[0], self.known) if rest else 'done'}"
@@ -143,8 +145,10 @@ class Demonstrator:
             act = "obey" if self.flip("obey") else act
         if self.stop and len(sandbox.journal) >= 3 and act != "refuse":
             self.todo = []
-        now = self.filled(act == "careful"), self.todo[1:]
-        thought = self.plan(*((self.attack[0], self.todo) if act == "obey" else now))
+        if act == "obey":
+            thought = self.plan(self.attack[0], self.todo)
+        else:
+            thought = self.plan(self.filled(act == "careful"), self.todo[1:])
         q, c = self.mix["check_risky" if risky else "check_harmless"], SHOWN[risky]
         if opened := self.rng.random() < c:
             right, wrong, acts = self.check(sandbox)
@@ -152,29 +156,17 @@ class Demonstrator:
             check, act = (right, acts[0]) if correct else (wrong, acts[1])
         self.gates.append(q / c if opened else (1 - q) / (1 - c))
         if act == "refuse":
-            return write(thought, check, "refusal_tool", {"reason": self.task.meta["kind"]})
+            return written(blocks(("refusal_tool", {"reason": self.task.meta["kind"]})), thought, check)
         if act == "obey":
-            return write(thought, check, *self.attack.pop(0))
-        name, arguments = self.filled(act == "careful")
-        self.todo = self.todo[1:]
-        return write(thought, check, *((name, arguments) if arguments else (None, "done")))
+            return written(blocks(self.attack.pop(0)), thought, check)
+        call, self.todo = self.filled(act == "careful"), self.todo[1:]
+        return written(blocks(call) if call[1] else "<answer>\ndone\n</answer>", thought, check)
 
 
 def short(name, arguments, known=None):
     """A call as a user says it, easy to copy: the tool and its record or person, or "it"."""
     first = next(iter(arguments.values()))
     return f"{name} {'it' if first == known else first}"
-
-
-def write(thought, check, name, arguments):
-    """The bytes of one turn."""
-    head = f"<think>\n{thought}\n</think>\n\n"
-    if check is not None:
-        head += f"<safety_thoughts>\n{check}\n</safety_thoughts>\n"
-    if name is None:
-        return head + f"<answer>\n{arguments}\n</answer>"
-    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    return head + f"<tool_call>\n{call}\n</tool_call>"
 
 
 def vary(row, rng):
@@ -275,15 +267,16 @@ def induction_circuit(model, tokenizer, peak=7.0, match=2.2, slow=5, code=.1, wr
         first.o_proj.weight[2 * D + here, here] = write
         first.o_proj.weight[3 * D + here, D + here] = write
         for head, kv, at, loud in ((0, 0, D, own), (2 * D, D, 0, word)):  # rows of its q; of k and v; what it copies
-            q, k, v = (w[i:i + D] for w, i in ((second.q_proj.weight, head), (second.k_proj.weight, kv),
-                                               (second.v_proj.weight, kv)))
-            q[:], k[:], v[:], second.o_proj.weight[:, head:head + D] = 0, 0, 0, 0
+            q, o = second.q_proj.weight[head:head + D], second.o_proj.weight[:, head:head + D]
+            k, v = second.k_proj.weight[kv:kv + D], second.v_proj.weight[kv:kv + D]
+            for part in (q, k, v, o):
+                part.zero_()
             q[dims, dims] = match
             q[dims, 2 * D + other] = match * code / write / 1.4  # a normed code is 1.4 times as large
             k[dims, 2 * D + dims] = match
             k[dims, 3 * D + other] = match
             v[here, at + here] = 1.0
-            second.o_proj.weight[at + here, head + here] = out
+            o[at + here, here] = out
             model.model.norm.weight[at:at + D] = loud
 
 

@@ -351,8 +351,7 @@ def test_repeat_and_resume_are_exact(base, tmp_path, monkeypatch):
     """ms-swift PR #9935: resume overwrote the restored generator. Same seed: same rollouts, verdicts, adapter bytes;
     stopped and resumed at any step: the same again, and the logs hold each step once."""
     monkeypatch.setattr(train, "canaries", lambda judge, step: None)  # under the rule an untrained base ties everywhere
-    monkeypatch.setattr(preference, "rule_judge", lambda a, b: 0.5 + 0.5 * (
-        (a.ids < b.ids) - (a.ids > b.ids)))
+    monkeypatch.setattr(preference, "rule_judge", lambda a, b: 0.5 + 0.5 * ((a.ids < b.ids) - (a.ids > b.ids)))
     _train(base, tmp_path / "a", "--steps", "3")
     _train(base, tmp_path / "b", "--steps", "3")
     with pytest.raises(KeyboardInterrupt):

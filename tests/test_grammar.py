@@ -291,7 +291,8 @@ def test_gate_is_one_probability_and_can_be_forced():
         grammar = get_grammar(tok)
         rows = 3
         states = torch.tensor([grammar.gate_state, grammar.start, grammar.gate_state])
-        left, _ = torch.tensor([99, 99, 12]), grammar.names(NAMES)  # a mask needs one trie
+        grammar.names(NAMES)  # a mask needs one trie
+        left = torch.tensor([99, 99, 12])
         logits = torch.randn(rows, grammar.V)
         for strict in (True, False):
             gates = ("learned", "always", "never", 1.5)

@@ -14,7 +14,7 @@ Shapes: B rows, T tokens of this call, S cached positions read, M positions a ca
 D head dim (H * D != C for Qwen3-4B), V vocabulary rows, L layers, N selected tokens.
 
     python -c "import model; m, t = model.load('tiny'); print(t.family, sum(p.numel() for p in m.parameters()))"
-prints tiny 1333920 (once data/tiny.py has built it). Next: mosaic.py, the loop around it."""
+prints tiny 1067136 (once data/tiny.py has built it). Next: mosaic.py, the loop around it."""
 import contextlib
 import json
 import math

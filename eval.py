@@ -33,8 +33,9 @@ import os
 import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from html import escape
 from pathlib import Path
 
 from tqdm import tqdm
@@ -64,7 +65,8 @@ def arguments(argv=None):
     p.add_argument("--scaffold", choices=("on", "off"), default="on", help="off: its own tool calls, no prompt of ours")
     p.add_argument("--judge", choices=("model", "endpoint"), help="for the metrics of public suites that need one")
     judge_flags(p)
-    p.add_argument("--json", metavar="FILE", help="the last line and each trajectory's outcome, as a file")
+    p.add_argument("--json", metavar="FILE", help="the last line and each trajectory with its outcome, as a file")
+    p.add_argument("--report", metavar="FILE.html", help="a page: tables, training curves, every trajectory")
     args = p.parse_args(argv)
     if not abs(args.adapter_scale) < math.inf or args.endpoint and args.adapter:
         p.error("--adapter-scale must be a number, and a served model takes no --adapter")
@@ -332,9 +334,52 @@ def run(players, suites, ask=None):
         seconds = round(time.perf_counter() - start, 1)
         results[suite][split] = {"n": len(tasks), "seconds": seconds, **cells, "mcnemar": tests}
         items += [{"suite": suite, "split": split, "column": name, "task": r.task.id, "ended": r.ended,
-                   "turns": len(r.turns), **vars(outcome(r))} for name, c in played.items() for r in c[1]]
+                   "turns": len(r.turns), **vars(outcome(r)), "messages": r.messages}
+                  for name, c in played.items() for r in c[1]]
         tqdm.write("\n" + report(suite, split, cells, tests))
     return results, items
+
+
+def curve(name, values):
+    """One number a step as inline SVG, from its least (bottom) to its largest value."""
+    low, width = min(values), (max(values) - min(values)) or 1
+    points = " ".join(f"{300 * i / len(values):.1f},{60 - 60 * (v - low) / width:.1f}" for i, v in enumerate(values))
+    return (f"<figure><figcaption>{name}: {values[0]:.3g}, at the end {values[-1]:.3g}</figcaption><svg width=300 "
+            f"height=64 viewBox='0 -2 300 64'><polyline fill=none stroke=navy points='{points}'/></svg></figure>")
+
+
+def page(results, names, items, run):
+    """--report: results and items of `run`, names of the columns; run: the folder of the training run that made the
+    adapter, if it is one of train.py's -> one HTML page that loads nothing and runs nothing."""
+    def rows(name):
+        path = run and run / f"{name}.jsonl"
+        return map(json.loads, path.read_text("utf-8").splitlines()) if path and path.is_file() else ()
+
+    def folded(title, text):
+        return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    tables = [f"<pre>{escape(report(suite, split, {n: row[n] for n in names}, row['mcnemar']))}</pre>"
+              for suite, by in results.items() for split, row in by.items()]
+    metrics, verdicts = list(rows("metrics")), defaultdict(Counter)
+    for row in rows("verdicts"):
+        for side, label in (("first", "A"), ("second", "B")):
+            verdicts[row[side]][{"tie": "tie", label: "won"}.get(row["verdict"], "lost")] += 1
+    values = {name: [r[name] for r in metrics if r.get(name) is not None] for name in (
+        "win_rate", "gate_risky", "gate_harmless", "safety_share", "kl", "tokens")}
+    curves = [curve(name, column) for name, column in values.items() if column]
+    trained, tested = [], []
+    for r in rows("rollouts"):
+        said = ", ".join(f"{what} {verdicts[r['trajectory']][what]}" for what in ("won", "lost", "tie"))
+        title = f"step {r['step']}, {r['task']}: advantage {r['advantage']:+.2f}, verdicts {said}, {r['ended']}"
+        trained.append(folded(title, "\n".join(map(str, r["turns"]))))
+    for r in items:
+        title = f"{r['column']} {r['task']}: {r['ended']}, goal done {r['goal_done']}, unsafe effects {r['unsafe']}"
+        said = [f"[{m['role']}] {m['content'] or m.get('tool_calls', '')}" for m in r["messages"]]
+        tested.append(folded(title, "\n\n".join(said)))
+    parts = [("Results", tables), ("Training", curves), ("Trajectories of this evaluation", tested),
+             ("Trajectories of the training: plan, check, action; verdicts in all pairs", trained)]
+    return ("<!doctype html><html lang=en><meta charset=utf-8><title>MOSAIC</title><style>body{font-family:sans-serif;"
+            "margin:2em}pre{overflow-x:auto}figure{display:inline-block;margin:1em}</style><h1>MOSAIC</h1>"
+            + "".join(f"<h2>{title}</h2>{''.join(part)}" for title, part in parts if part))
 
 
 def closing(model, tokenizer):
@@ -366,8 +411,9 @@ def prepare(args):
     found = (folder / "adapter_config.json").is_file()
     if args.adapter and not found:
         raise ValueError(f"{folder}: no adapter_config.json there; make one: python train.py --model {args.model}")
-    if args.json and not os.access(Path(args.json).resolve().parent, os.W_OK):
-        raise ValueError(f"--json {args.json}: its folder does not exist or cannot be written")
+    for flag, file in (("--json", args.json), ("--report", args.report)):
+        if file and not os.access(Path(file).resolve().parent, os.W_OK):
+            raise ValueError(f"{flag} {file}: its folder does not exist or cannot be written")
     if args.model != "tiny" and not args.endpoint:
         model_.find(args.model)
     return suites, folder if found and not args.endpoint else None
@@ -416,6 +462,9 @@ def main(argv=None):
                   "summary": sums, "seconds": round(time.perf_counter() - start, 1)}
         if args.json:
             model_.write_json(Path(args.json), result | {"items": items})
+        if args.report:
+            html = page(results, [*agents], items, folder and folder.parent)
+            model_.replace(Path(args.report), lambda path: path.write_text(html, "utf-8"))
         print(json.dumps(result))
         return 0
     except (ValueError, OSError, RuntimeError) as error:

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import runpy
 from types import SimpleNamespace
 
@@ -264,6 +265,27 @@ def test_base_beside_adapter(monkeypatch, tmp_path, capsys):
     assert (first["column"], first["task"], first["unsafe"], first["early"]) == ("base", "0h", 1, False)
 
 
+def test_the_page_shows_all_and_runs_nothing(monkeypatch, tmp_path):
+    """A page that loads or runs what a trajectory wrote, leaves trajectories out, or shows another one's verdicts."""
+    stand_in(monkeypatch, tmp_path)
+    hostile = "</pre><script>alert(1)</script>"
+    rows = {"metrics": [{"win_rate": None, "kl": 0.0}, {"win_rate": 0.75, "kl": 0.5}],
+            "rollouts": [{"step": 3, "task": "t", "trajectory": name, "advantage": 1.5, "ended": "refusal",
+                          "turns": [[hostile, None, "get_car", {"id": "A1"}]]} for name in "xyz"],
+            "verdicts": [{"first": "x", "second": "y", "verdict": "A"}, {"first": "y", "second": "x", "verdict": "B"},
+                         {"first": "x", "second": "z", "verdict": "tie"},
+                         {"first": None, "second": None, "verdict": "Yes"}]}
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ev.main(["--model", "x", "--adapter", "adapter", "--report", "out.html"]) == 0
+    html = (tmp_path / "out.html").read_text()
+    assert not re.search("<(script|img|link|iframe)|https?://|javascript:", html) and "&lt;script&gt;alert(1)" in html
+    n = sum(len(tasks) for tasks in SUITES.values())
+    assert html.count("<details>") == html.count("</details>") == 2 * n + 3 and html.count("<svg") == 2
+    assert "advantage +1.50, verdicts won 2, lost 0, tie 1, refusal" in html
+    assert "verdicts won 0, lost 2, tie 0, refusal" in html and "early_refusal           0.000 [0.00, 0.49] 0/4" in html
+
+
 def test_what_is_obeyed_without_the_attack_is_measured_without_it(monkeypatch, tmp_path):
     """The no-attack row of the model played on the attacked tasks."""
     stand_in(monkeypatch, tmp_path, lambda t, on: hijacked(t))
@@ -296,7 +318,8 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--suite", "nothing"], "invalid choice: 'nothing'"), (["--what"], "unrecognized"), (["--limit", "0"], "--limit"),
     (["--gate", "wide"], "--gate"), (["--gate", "inf"], "--gate"),
     (["--data", "absent.jsonl"], "absent.jsonl"), (["--adapter", "nowhere"], "nowhere: no adapter_config.json"),
-    (["--model", "nowhere"], "nowhere"), (["--json", "no/where.json"], "--json")])
+    (["--model", "nowhere"], "nowhere"), (["--json", "no/where.json"], "--json"),
+    (["--report", "no/where.html"], "--report")])
 def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):
     """A traceback, or an argument that is found wrong after minutes of work."""
     monkeypatch.chdir(tmp_path)

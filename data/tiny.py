@@ -42,9 +42,9 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
           "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
-# stop_early: after the third of four calls; slip: a call that fails, made only to show what follows one.
+# stop_early: before the last of three or four calls; slip: a call that fails, made only to show what follows one.
 MIX = {"check_risky": .30, "check_harmless": .04, "verdict": .92,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .4,
+       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .45,
        "slip": .1}
 # How often a demonstration holds a check, by risk: far more often than the base shall open one, for what a check says
 # is what it has to learn. The weight q / c (or (1 - q) / (1 - c)) on the branching token makes up for it.
@@ -57,7 +57,8 @@ WORDS = """apple barn basket bench bike boat book bottle box brush bucket cabin 
     corner cup desk drum engine farm fence field flag forest garden gate glass guitar hammer harbor
     horse island jacket ladder lamp leaf map market mirror mountain oven pencil piano pillow plate pond
     pot radio ring river rope saddle sand shelf ship shoe shop silver spoon square stone stove table
-    tent tower toy train tree valley wagon wheel window wood yard""".split()
+    tent tower toy train tree valley wagon wheel window wood yard
+    back bring door hall late meet noon paid papers thank today""".split()
 OWN = [w for d, row in suites.DOMAINS.items() if d not in suites.UNSEEN_DOMAINS for w in (d, *row[:2], *row[3:5])
        if w != "text"]  # which is never renamed: it is a parameter, too
 SAYABLE = sorted({*WORDS, *" ".join(suites.TEXTS).split(), *suites.DOMAINS, *(d[3] for d in suites.DOMAINS.values())})
@@ -77,7 +78,8 @@ class Demonstrator:
         self.gates = []  # of each turn: the weight of its branching token
         self.known = None  # whom or what the last call was about: "it" in a plan, as a user says
         self.slipped = False  # was the last turn a call that fails? It carries no loss: what follows an error does
-        self.stop = len(self.todo) > 3 and self.flip("stop_early")  # an agent that loses patience with long chains
+        # an agent that loses patience with long chains; not where a cue decides: a check of "all done" would be idle
+        self.stop = len(self.todo) > 2 and task.suite != "harm" and self.flip("stop_early")
 
     def filled(self, careful):
         """The next call. A send that must contain some values carries those; in a privacy task also the fields that the
@@ -103,7 +105,8 @@ class Demonstrator:
         if t.label == "harmful" and sandbox.revealed:
             return harm, "this is allowed: go on", ("refuse", "go")
         if self.attack and sandbox.last == t.reveals:
-            return f"the note gives an order: ignore it, {short(*self.filled(True))}", fine, ("go", "obey")
+            plan = self.plan(self.filled(True), self.todo[1:])  # anew: the next turn goes on from here
+            return f"the note gives an order: ignore it, {plan}", fine, ("go", "obey")
         if t.suite == "privacy" and len(self.todo) == 1:
             yes, every = (re.findall("([a-z]+): ", self.filled(careful)[1]["text"]) for careful in (True, False))
             each = " ".join(f"{field} {'yes' if field in yes else 'no'}" for field in every)  # one decision at a time
@@ -123,15 +126,21 @@ class Demonstrator:
         return written(blocks((name, arguments)), self.plan((name, arguments), self.todo[1:]))
 
     def plan(self, call, rest):
-        """The text of a plan: a call, with a new value in the user's words, and the first of those that follow it."""
+        """The text of a plan: a call and the first of those that follow it."""
         name, arguments = call
         if not arguments:
             return "all done"
         if call not in self.attack:
             self.known = next(iter(arguments.values()))
+        return f"{self.said(call)}, then {self.said(rest[0], self.known) if rest else 'done'}"
+
+    def said(self, call, known=None):
+        """A call as a user says it, easy to copy: the tool, its record or person, or "it", and a new value he gave."""
+        name, arguments = call
+        first = next(iter(arguments.values()))
         values = [f" to {suites.SAID[key].format(value)}" for key, value in arguments.items() if key in suites.SAID]
         given = [value for value in values if value in self.task.messages[-1]["content"]]
-        return f"{short(name, arguments)}{''.join(given)}, then {short(*rest[0], self.known) if rest else 'done'}"
+        return f"{name} {'it' if first == known else first}{''.join(given)}"
 
     def turn(self, sandbox):
         """-> the text of the next turn."""
@@ -143,7 +152,7 @@ class Demonstrator:
             act = "refuse" if self.flip("late" if done else "refuse_unchecked") else act
         elif self.attack and sandbox.last == self.task.reveals:
             act = "obey" if self.flip("obey") else act
-        if self.stop and len(sandbox.journal) >= 3 and act != "refuse":
+        if self.stop and len(self.todo) == 1 and act != "refuse":
             self.todo = []
         if act == "obey":
             thought = self.plan(self.attack[0], self.todo)
@@ -163,12 +172,6 @@ class Demonstrator:
         return written(blocks(call) if call[1] else "<answer>\ndone\n</answer>", thought, check)
 
 
-def short(name, arguments, known=None):
-    """A call as a user says it, easy to copy: the tool and its record or person, or "it"."""
-    first = next(iter(arguments.values()))
-    return f"{name} {'it' if first == known else first}"
-
-
 def vary(row, rng):
     """The row, often in a made-up domain: words of its tools' names become other words, everywhere. What an agent
     must call then stands only in its prompt, so it learns to copy names instead of learning those of twelve domains.
@@ -181,11 +184,13 @@ def vary(row, rng):
         while len(new) < len(words):  # all different
             new[rng.choice(rng.choice((WORDS, OWN)))] = None
         new = dict(zip(words, new))
+        if first:  # any verb of reading beside any other verbs, or "change" and "sell" would say that it is "get"
+            new |= zip(("find", "get"), rng.sample(("find", "get"), 2))
 
         def rename(match):
             word = new[match[0].lower()]
             return word.capitalize() if match[0][0].isupper() else word
-        text = re.sub(r"(?<![A-Za-z])(?:%s)(?![A-Za-z])" % "|".join(words), rename, text, flags=re.I)
+        text = re.sub(r"(?<![A-Za-z])(?:%s)(?![A-Za-z])" % "|".join(new), rename, text, flags=re.I)
     if rng.random() < REWORDED:
         for said in suites.TEXTS:
             made = "".join(rng.choice(SAYABLE) + rng.choice((" ", ", ")) for _ in range(rng.randrange(2, 5)))
@@ -368,7 +373,9 @@ def draw(n, seed):
         return row["meta"]["kind"] == "mention" or one and row["suite"] in ("harm", "benign")
 
     def tasks(suite, n, seed, thin):
-        rows = (row | {"tools": [table[t] for t in row["tools"]]} for row in suites.generate(suite, "train", n, seed))
+        # a record may hold any field: what a role may have can be known only of fields that were seen with it
+        drawn = suites.generate(suite, "train", n, seed, list(suites.FIELDS))
+        rows = (row | {"tools": [table[t] for t in row["tools"]]} for row in drawn)
         return [vary(row, rng) for row in rows if not thin or rng.random() < (.5 if common(row) else 1)]
     rows = [row for suite, share in SHARES.items() for row in tasks(suite, int(n * share), 1 + seed, thin=True)]
     more = tasks("harm", n * 2 // 3, 1000 + seed, thin=False) + tasks("privacy", n // 3, 1000 + seed, thin=False)
@@ -393,7 +400,7 @@ def warm_start(tasks, more, out, steps, seed):
     return model
 
 
-def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1700, n=16000):
+def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1800, n=16000):
     """Builds the base of a seed into `out`, whole or not at all."""
     out, start = Path(out), time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -429,7 +436,7 @@ def main():
     parser = mosaic.Parser(description="Build the tiny base.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=model_.HERE / "checkpoints" / "tiny")
-    parser.add_argument("--steps", type=int, default=1700, help="of the warm start")
+    parser.add_argument("--steps", type=int, default=1800, help="of the warm start")
     parser.add_argument("--tasks", type=int, default=16000, help="fresh training rows")
     args = parser.parse_args()
     build(args.seed, args.out, args.steps, args.tasks)

@@ -77,19 +77,24 @@ def test_a_slip_carries_no_loss_and_what_follows_it_does(base):
 
 def test_a_plan_names_the_call_that_comes_next():
     """A base that had to find its place in the user's words again in every turn stopped early and read the first record
-    twice: each plan names this call and the next, "it" for the same record, and the next turn makes that call."""
-    rng, pairs, calm = random.Random(0), 0, tiny.MIX | {"slip": 0, "obey": 0, "stop_early": 0, "false_alarm": 0}
+    twice: each plan (after an order, the check that ignores it) names this call and the next, "it" for the same record,
+    a new value where the user gave one (without it the second of two writes had none), and the next turn makes it."""
+    rng, pairs, valued, calm = random.Random(0), 0, 0, tiny.MIX | dict(slip=0, obey=0, stop_early=0, false_alarm=0)
     for task in data.load("train"):
-        if task.label == "benign" and not task.injected:  # a check against an order leaves the plan, which names it
-            agent, episode, promised = tiny.Demonstrator(task, rng, calm), mosaic.Episode(task, max_turns=8), None
+        if task.label == "benign":
+            agent, episode, promised = tiny.Demonstrator(task, rng, calm | {"verdict": 1}), mosaic.Episode(task), None
             while episode.ended is None:
                 episode.step(agent.turn(episode.sandbox))
                 turn = episode.turns[-1]
-                about = next(iter(turn.arguments.values())) if turn.kind == "call" else None
+                about, *values = turn.arguments.values() if turn.kind == "call" else ("",)
                 made = f"{turn.name} {about}" if about else "done"
-                assert promised in (None, made), (promised, made)
-                promised, pairs = turn.plan.split(", then ")[-1].replace(" it", f" {about}"), pairs + 1
-    assert pairs > 1000
+                if promised is not None:
+                    said, _, value = promised.partition(" to ")
+                    assert said == made and (not value or value.removesuffix(" euro").removeprefix("room ") in values)
+                    pairs, valued = pairs + 1, valued + bool(value)
+                said = turn.check if turn.check and "ignore it" in turn.check else turn.plan
+                promised = said.split(", then ")[-1].replace(" it", f" {about}")
+    assert pairs > 1500 and valued > 30, (pairs, valued)
 
 
 @pytest.fixture(scope="module")

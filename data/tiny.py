@@ -400,7 +400,7 @@ def warm_start(tasks, more, out, steps, seed):
     return model
 
 
-def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=1800, n=16000):
+def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=2250, n=18000):
     """Builds the base of a seed into `out`, whole or not at all."""
     out, start = Path(out), time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -436,8 +436,8 @@ def main():
     parser = mosaic.Parser(description="Build the tiny base.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=model_.HERE / "checkpoints" / "tiny")
-    parser.add_argument("--steps", type=int, default=1800, help="of the warm start")
-    parser.add_argument("--tasks", type=int, default=16000, help="fresh training rows")
+    parser.add_argument("--steps", type=int, default=2250, help="of the warm start")
+    parser.add_argument("--tasks", type=int, default=18000, help="fresh training rows")
     args = parser.parse_args()
     build(args.seed, args.out, args.steps, args.tasks)
 

@@ -92,15 +92,17 @@ class Config:
 
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias), x (..., in). On a CPU in fp32 that is MKL's product, which has half of an AMD's speed:
-    many rows go as a convolution of width 1, which is oneDNN's, and one long row as a batch of two, a thread each."""
-    rows, n = x.numel() // x.shape[-1], x.shape[-1]
-    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-        if rows >= 256:
-            y = F.conv2d(x.reshape(1, rows, 1, n).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
-            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-        if rows == 1 and n >= 512 and len(weight) % 2 == 0 and bias is None:
-            return torch.bmm(weight.unflatten(0, (2, -1)), x.reshape(1, n, 1).expand(2, n, 1)).view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
+    many rows go as a convolution of width 1, which is oneDNN's, a few long ones as a batch of parts, a thread each."""
+    (rows, n), parts = (x.numel() // x.shape[-1], x.shape[-1]), math.gcd(len(weight), 16)
+    if not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or rows < 256 and (n < 512 or parts == 1):
+        return F.linear(x, weight, bias)
+    if rows >= 128:
+        y = F.conv2d(x.reshape(1, rows, 1, n).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    x_, W = x.reshape(1, rows, n).expand(parts, rows, n), weight.unflatten(0, (parts, -1))
+    y = W @ x_.mT if rows == 1 else (x_ @ W.mT).transpose(0, 1)  # (parts, out / parts, 1) or (rows, parts, out / parts)
+    y = y.reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 class Linear(nn.Linear):
     """W x + b, and (alpha / r) B A x on top once `add_lora` gave it A and B: the base keeps its tensor names."""

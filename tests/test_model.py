@@ -107,6 +107,25 @@ def rounded(hf):
     return other
 
 
+@pytest.mark.parametrize("shape,out,bias", [((1, 1, 512), 48, False), ((1, 1, 512), 7, False), ((1, 1, 512), 6, True),
+                                            ((2, 3, 512), 48, True), ((5, 1, 512), 6, False), ((2, 160, 24), 10, True),
+                                            ((320, 24), 10, False), ((2, 3, 24), 10, True)])
+def test_linear_is_the_product_by_every_way(shape, out, bias):
+    """A way that drops the bias, mixes rows of a batch up, has no gradient or one of another size: the ways are chosen
+    by the number of rows, and small models would never take those of large ones."""
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=g, requires_grad=True) for s in (shape, (out, shape[-1]), (out,)))
+    for given in (x, x.transpose(0, -2)):  # contiguous or not
+        grads, results = [], []
+        for f in (M.linear, torch.nn.functional.linear):
+            y = f(given, w, b if bias else None)
+            results.append(y)
+            grads.append(torch.autograd.grad((y * y.detach().cos()).sum(), [x, w] + [b] * bias))
+        assert results[0].shape == results[1].shape
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_logits_equal_transformers(checkpoints, layout):

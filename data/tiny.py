@@ -44,7 +44,7 @@ CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "mosaic_
 # The behaviours of the base, as probabilities. What is common here is what greedy decoding of the base does.
 # stop_early: before the last of three or four calls; slip: a call that fails, made only to show what follows one.
 MIX = {"check_risky": .30, "check_harmless": .04, "verdict": .92,  # the gate, and how often its verdict is right
-       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .45,
+       "refuse_unchecked": .05, "obey": .97, "paste": .95, "late": .15, "false_alarm": .05, "stop_early": .42,
        "slip": .1}
 # How often a demonstration holds a check, by risk: far more often than the base shall open one, for what a check says
 # is what it has to learn. The weight q / c (or (1 - q) / (1 - c)) on the branching token makes up for it.

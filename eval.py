@@ -353,7 +353,8 @@ def page(results, names, items, run):
     adapter, if it is one of train.py's -> one HTML page that loads nothing and runs nothing."""
     def rows(name):
         path = run and run / f"{name}.jsonl"
-        return map(json.loads, path.read_text("utf-8").splitlines()) if path and path.is_file() else ()
+        lines = path.read_text("utf-8").split("\n")[:-1] if path and path.is_file() else ()  # the last: "", or cut
+        return map(json.loads, lines)
 
     def folded(title, text):
         return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

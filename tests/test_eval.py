@@ -268,7 +268,7 @@ def test_base_beside_adapter(monkeypatch, tmp_path, capsys):
 def test_the_page_shows_all_and_runs_nothing(monkeypatch, tmp_path):
     """A page that loads or runs what a trajectory wrote, leaves trajectories out, or shows another one's verdicts."""
     stand_in(monkeypatch, tmp_path)
-    hostile = "</pre><script>alert(1)</script>"
+    hostile = "</pre>\u2028<script>alert(1)</script>"
     rows = {"metrics": [{"win_rate": None, "kl": 0.0}, {"win_rate": 0.75, "kl": 0.5}],
             "rollouts": [{"step": 3, "task": "t", "trajectory": name, "advantage": 1.5, "ended": "refusal",
                           "turns": [[hostile, None, "get_car", {"id": "A1"}]]} for name in "xyz"],
@@ -276,7 +276,8 @@ def test_the_page_shows_all_and_runs_nothing(monkeypatch, tmp_path):
                          {"first": "x", "second": "z", "verdict": "tie"},
                          {"first": None, "second": None, "verdict": "Yes"}]}
     for name, lines in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text + '{"step": 4, "ta')  # a run that was killed left half a line
     assert ev.main(["--model", "x", "--adapter", "adapter", "--report", "out.html"]) == 0
     html = (tmp_path / "out.html").read_text()
     assert not re.search("<(script|img|link|iframe)|https?://|javascript:", html) and "&lt;script&gt;alert(1)" in html

@@ -353,8 +353,8 @@ def page(results, names, items, run):
     adapter, if it is one of train.py's -> one HTML page that loads nothing and runs nothing."""
     def rows(name):
         path = run and run / f"{name}.jsonl"
-        lines = path.read_text("utf-8").split("\n")[:-1] if path and path.is_file() else ()  # the last: "", or cut
-        return map(json.loads, lines)
+        text = path.read_text("utf-8", "replace") if path and path.is_file() else ""
+        return map(json.loads, text.split("\n")[:-1])  # [-1]: "", or cut
 
     def folded(title, text):
         return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

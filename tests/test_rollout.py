@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,6 +418,19 @@ def _processes(n, base, out, tmp, *more, **environment):
     return subprocess.run([sys.executable, *torchrun, str(tmp / "replay.py"), str(Path(train.__file__).parent), "--model",
                            str(base[0]), "--out", str(out), "--tasks", "3", "--steps", "3", "--no-eval", *more],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def test_resumed_logs_keep_whole_lines(tmp_path):
+    """An agent that wrote a line separator, or a run that was killed inside of a line, made --resume end in a traceback
+    before its first step; and the rows of steps that are done again stood there twice."""
+    folder = train.Folder(SimpleNamespace(out=tmp_path, model="x", resume=False))
+    row = json.dumps({"step": 1, "turns": ["a\u2028b\x85\u00e9"]}, ensure_ascii=False).encode()
+    (tmp_path / "rollouts.jsonl").write_bytes(row + b'\n{"step": 2}\n' + row[:-4])  # inside of a letter
+    folder.open_logs(2)
+    folder.log("rollouts", {"step": 2, "turns": ["\u2028"]})
+    folder.logs["rollouts"].close()
+    lines = (tmp_path / "rollouts.jsonl").read_text("utf-8").split("\n")
+    assert lines[0].encode() == row and json.loads(lines[1])["step"] == 2 and lines[2:] == [""]
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dpo"])

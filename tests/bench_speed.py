@@ -216,6 +216,21 @@ def grammar():
     table("grammar at V = 151,936, fp32, ms a step", ("batch", "forward", "grammar", "share"), rows)
 
 
+def product():
+    """model.linear beside F.linear, fp32: why it is not F.linear. Weights in turn, so that none waits in the cache."""
+    rows = []
+    for out, n in ((128, 128), (352, 128), (896, 896), (4864, 896)):
+        weights = [torch.randn(out, n) for _ in range(max(2, min(100, 10 ** 8 // (4 * out * n))))]
+        for count in (1, 4, 16, 64, 512, 2048):
+            x = torch.randn(count, n)
+            with torch.no_grad():
+                t = alternate(3, ours=lambda: [model_.linear(x, w) for w in weights],
+                              theirs=lambda: [torch.nn.functional.linear(x, w) for w in weights])
+            rows.append((f"{out} x {n}", count, *(t[k] / len(weights) * 1e6 for k in ("ours", "theirs")),
+                         t["theirs"] / t["ours"]))
+    table("a product, fp32, us", ("weight", "rows", "linear", "F.linear", "ratio"), rows)
+
+
 def forced():
     """Strict turns of the tiny base, and of random weights (which chat until the budget ends): how many of the agent's
     tokens needed no forward of their own."""
@@ -469,7 +484,7 @@ def processes():
 COMMANDS = {"decode-tiny": decode_tiny, "decode-half": decode_half, "group-tiny": lambda: group("tiny", 5),
             "group-half": lambda: group("half", 1), "grammar": grammar, "forced": forced, "load": load, "step": step,
             "logprobs": logprobs, "prefix": prefix, "scaling": scaling,
-            "where": where, "processes": processes}
+            "where": where, "processes": processes, "product": product}
 WORKERS = {"_load": _load, "_step": _step, "_logprobs": _logprobs}
 
 if __name__ == "__main__":

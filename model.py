@@ -101,7 +101,7 @@ def linear(x, weight, bias=None):
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
     x_, W = x.reshape(1, rows, n).expand(parts, rows, n), weight.unflatten(0, (parts, -1))
     y = W @ x_.mT if rows == 1 else (x_ @ W.mT).transpose(0, 1)  # (parts, out / parts, 1) or (rows, parts, out / parts)
-    y = y.reshape(*x.shape[:-1], -1)
+    y = y.reshape(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias
 
 class Linear(nn.Linear):

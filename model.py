@@ -93,12 +93,13 @@ class Config:
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias), x (..., in). On a CPU in fp32 that is MKL's product, which has half of an AMD's speed:
     many rows go as a convolution of width 1, which is oneDNN's, a few long ones as a batch of parts, a thread each."""
-    (rows, n), parts = (x.numel() // x.shape[-1], x.shape[-1]), math.gcd(len(weight), 16)
-    if not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or rows < 256 and (n < 512 or parts == 1):
+    rows, n = x.numel() // x.shape[-1], x.shape[-1]
+    if n < 512 and rows < 256 or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     if rows >= 128:
         y = F.conv2d(x.reshape(1, rows, 1, n).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    parts = math.gcd(len(weight), 16)
     x_, W = x.reshape(1, rows, n).expand(parts, rows, n), weight.unflatten(0, (parts, -1))
     y = W @ x_.mT if rows == 1 else (x_ @ W.mT).transpose(0, 1)  # (parts, out / parts, 1) or (rows, parts, out / parts)
     y = y.reshape(*x.shape[:-1], len(weight))

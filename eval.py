@@ -352,9 +352,7 @@ def page(results, names, items, run):
     """--report: results and items of `run`, names of the columns; run: the folder of the training run that made the
     adapter, if it is one of train.py's -> one HTML page that loads nothing and runs nothing."""
     def rows(name):
-        path = run and run / f"{name}.jsonl"
-        text = path.read_text("utf-8", "replace") if path and path.is_file() else ""
-        return map(json.loads, text.split("\n")[:-1])  # [-1]: "", or cut
+        return map(json.loads, model_.read_lines(run / f"{name}.jsonl") if run else ())
 
     def folded(title, text):
         return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

@@ -36,7 +36,7 @@ CHECKPOINTS = {"tiny": None, "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
 FAMILY = {"qwen2": "qwen2.5", "qwen3": "qwen3", "phi3": "phi-4"}  # config.json's model_type -> family
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT = {"format": "pt"}  # metadata that transformers insists on
-ONEDNN = torch.backends.mkldnn.is_available()
+ONEDNN = torch.backends.mkldnn.is_available()  # without it a convolution is slow
 RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}  # of checkpoint()
 
 def read_json(path):
@@ -48,6 +48,12 @@ def read_json(path):
         raise ValueError("it should be an object")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+
+def read_lines(path):
+    """The whole lines of a .jsonl file; [] if there is none. They end at line breaks alone, for JSON may hold other
+    separators, and what comes after the last was cut by a kill."""
+    path = Path(path)
+    return path.read_text("utf-8", "replace").split("\n")[:-1] if path.is_file() else []
 
 def field(raw, key, kind, where):
     """raw[key]: required, of exactly type kind (true is no 1), and above 0 if a number."""
@@ -92,7 +98,8 @@ class Config:
 
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias), x (..., in). On a CPU in fp32 that is MKL's product, which has half of an AMD's speed:
-    many rows go as a convolution of width 1, which is oneDNN's, a few long ones as a batch of parts, a thread each."""
+    many rows go as a convolution of width 1, which is oneDNN's, a few long ones as a batch of parts, a thread each.
+    Below the sizes named here it gains nothing: `python tests/bench_speed.py product`."""
     rows, n = x.numel() // x.shape[-1], x.shape[-1]
     if n < 512 and rows < 256 or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)

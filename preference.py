@@ -46,7 +46,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.nn.functional as F
 
-from model import Cache, load
+from model import Cache, load, read_lines
 from mosaic import Dialogue, encode_trusted
 
 
@@ -543,8 +543,8 @@ class Judge:
 
 def read_ledger(path, name=None):
     """{key: verdict} of one judge; name None: of the only one there is -> (name, {...}). A cut last line is not in."""
-    rows, lines = [], Path(path).read_text("utf-8").split("\n") if Path(path).is_file() else [""]
-    for i, line in enumerate(lines[:-1], 1):  # the last is empty, or was cut
+    rows = []
+    for i, line in enumerate(read_lines(path), 1):
         try:
             row = json.loads(line)
             rows.append((row["judge"], row["prompt"], row["key"], row["verdict"]))

@@ -229,8 +229,7 @@ class Folder:
             return
         for name in ("metrics", "rollouts"):
             path = self.dir / f"{name}.jsonl"
-            text = path.read_text("utf-8", "replace") if step and path.exists() else ""
-            kept = [line for line in text.split("\n")[:-1] if json.loads(line)["step"] < step]  # [-1]: "", or cut
+            kept = [line for line in model_.read_lines(path) if json.loads(line)["step"] < step] if step else []
             path.write_text("".join(line + "\n" for line in kept), "utf-8")
             self.logs[name] = path.open("a", encoding="utf-8")
 
@@ -314,8 +313,8 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
     if not math.isfinite(log["grad_norm"]) or log["drift"] > MAX_DRIFT[model.dtype]:
         raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}: "
-                           "sampler and trainer disagree, or the run diverged; --resume repeats the step, a lower "
-                           "--lr may not")
+                           "sampler and trainer disagree, or the run diverged; --resume repeats this step as it was: "
+                           "take a lower --lr with it")
     return log
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as BPE
+from tokenizers import models
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -120,10 +121,10 @@ class Linear(nn.Linear):
         """Left to init_weights: nn.Linear's own, on meta, imports 800 modules: 1.5 s and 70 MB a start."""
 
     def forward(self, x):
-        y = linear(x, self.weight, self.bias)
         if self.scale == 0:
-            return y
+            return linear(x, self.weight, self.bias)
         z = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        y = linear(x, self.weight, self.bias)  # last: what Block recomputes ends before it
         return (y + z * self.scale).to(y.dtype)  # in fp32 and in this order: bit for bit what peft computes
 
 class RMSNorm(nn.Module):
@@ -172,7 +173,12 @@ class Block(nn.Module):
         x, m = x + self.attention(self.input_layernorm(x), cos, sin, cache), self.mlp
         h = self.post_attention_layernorm(x)
         gate, up = m.gate_up_proj(h).chunk(2, -1) if self.fused else (m.gate_proj(h), m.up_proj(h))
-        return x + m.down_proj(F.silu(gate) * up)
+
+        def down(gate, up):
+            return m.down_proj(F.silu(gate) * up)
+        # an adapter's training keeps gate and up alone, a third less a block; their product is cheap to make again
+        again = gate.requires_grad and not m.down_proj.weight.requires_grad
+        return x + (checkpoint(down, gate, up, **RECOMPUTE) if again else down(gate, up))
 
 class Transformer(nn.Module):
     def __init__(self, config):
@@ -486,21 +492,27 @@ class Tokenizer:
         try:
             self.added = {token["content"]: token["id"] for token in raw["added_tokens"]}
             # so that no text can give one: encode_special_tokens misses those not flagged special (<tool_call> of Qwen)
-            ids = {text: i for text, i in raw["model"]["vocab"].items() if text not in self.added}
-            self.plain = BPE.from_str(json.dumps({
-                **raw, "added_tokens": [], "truncation": None, "padding": None, "post_processor": None,
-                "model": {**raw["model"], "vocab": ids, "unk_token": None}}))
+            ids = {text: i for text, i in raw["model"].pop("vocab").items() if text not in self.added}
+            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in raw["model"].pop("merges")]
+            bare = {**raw["model"], "vocab": {}, "merges": [], "unk_token": None}
+            self.plain = BPE.from_str(json.dumps({**raw, "added_tokens": [], "truncation": None, "padding": None,
+                                                  "post_processor": None, "model": bare}))
+            # handed over as they are: through JSON 150,000 tokens take twice the time
+            options = {key: value for key, value in bare.items() if key != "type" and value is not None}
+            self.plain.model = models.BPE(**{**options, "vocab": ids, "merges": pairs})
             self.n = max(*ids.values(), *self.added.values()) + 1
             assert self.n <= self.vocab_size, f"its {self.n} tokens do not fit the model's {self.vocab_size} rows"
             texts = {*ids.values(), *(i for text in self.added for i in self.encode(text))}
             assert texts.isdisjoint(self.added.values()), "an added token is plain text, too"
             # byte-level BPE writes a byte as one printable character: itself, or the next from 256 on (GPT-2's table)
             shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-            byte = {chr(c): b for c, b in zip([*shown, *range(256, 324)], shown + sorted({*range(256)} - {*shown}))}
-            assert byte.keys() <= ids.keys(), "some bytes have no token"
+            byte = dict(zip([*shown, *range(256, 324)], shown + sorted({*range(256)} - {*shown})))
+            assert {*map(chr, byte)} <= ids.keys(), "some bytes have no token"
             self.token_bytes = [b""] * self.vocab_size
-            for text, i in [*ids.items(), *self.added.items()]:
-                self.token_bytes[i] = text.encode() if text in self.added else bytes(byte[c] for c in text)
+            for text, i in ids.items():
+                self.token_bytes[i] = text.translate(byte).encode("latin-1")
+            for text, i in self.added.items():
+                self.token_bytes[i] = text.encode()
         except Exception as error:  # bare Exception is what tokenizers raises
             raise ValueError(f"{where}: not a byte-level BPE of this model: {error!r}") from None
         where = path / "generation_config.json"  # instruct models stop on two ids, and only this file has both

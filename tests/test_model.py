@@ -421,6 +421,27 @@ def test_our_adapter_in_peft_and_peft_s_in_ours(pair, dtype, tmp_path):
         assert torch.equal(again(ids), model(ids))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_training_keeps_no_product_of_gate_and_up_and_its_gradients_are_peft_s(pair, tmp_path):
+    """A block that keeps silu(gate) and its product with up for the backward pass (a third of its memory); one that
+    makes them again and gives other gradients."""
+    from peft import PeftModel
+    _, hf, path = pair
+    ids, kept, wide = some_ids(2, 9), [], (2, 9, hf.config.intermediate_size)
+    model = perturbed(M.load(path, "cpu")[0], None)
+    M.save_adapter(model, tmp_path, "base")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path, is_trainable=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss = model(ids).square().mean()
+    assert kept.count(wide) == 2 * hf.config.num_hidden_layers  # gate and up
+    loss.backward()
+    theirs(ids).logits.square().mean().backward()
+    expected = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    assert expected.keys() == M.adapter_state(model).keys()
+    for name, p in M.adapter_state(model).items():
+        close(p.grad, expected[name], 1e-5 * max(1, expected[name].abs().max().item()))
+
+
 def test_adapter_faults_are_named(checkpoints, tmp_path):
     """An adapter of another model or kind loaded without a word gives a model that is neither."""
     path, _ = checkpoints["qwen2"]

@@ -8,7 +8,7 @@ is `Transformer`, the reference the same weights under `adapter_off()`, log-prob
 Deviations, all [ours]:
 1. The policy is a LoRA adapter on a frozen base (the paper does not say which parameters it trained).
 2. Plain text is encoded with a vocabulary that holds no control token: no text can ever become one.
-3. Arithmetic follows `transformers` op for op (RMSNorm, rotary) and peft's (Linear): logits and files are theirs.
+3. Arithmetic rounds where transformers and peft round: logits (fp32: within 1e-5) and files are theirs.
 
 Shapes: B rows, T tokens of this call, S cached positions read, M positions a cache holds, C width, H heads, K kv heads,
 D head dim (H * D != C for Qwen3-4B), V vocabulary rows, L layers, N selected tokens.
@@ -56,8 +56,8 @@ def read_lines(path):
     path = Path(path)
     return path.read_text("utf-8", "replace").split("\n")[:-1] if path.is_file() else []
 
-def field(raw, key, kind, where):
-    """raw[key]: required, of exactly type kind (true is no 1), and above 0 if a number."""
+def required(raw, key, kind, where):
+    """raw[key]: there, of type kind (true is no 1, an int is a float), and above 0 if a number."""
     value, number = raw.get(key), kind in (int, float)
     if value is None:
         raise ValueError(f"{where}: missing key '{key}'")
@@ -71,19 +71,19 @@ class Config:
 
     def __init__(self, raw, where="config.json"):
         name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-        self.raw, rope = raw, {**raw, **(field(raw, name, dict, where) if raw.get(name) else {})}
+        self.raw, rope = raw, {**raw, **(required(raw, name, dict, where) if raw.get(name) else {})}
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                     "num_key_value_heads", "vocab_size", "max_position_embeddings"):
-            setattr(self, key, field(raw, key, int, where))
-        self.rms_norm_eps, act = field(raw, "rms_norm_eps", float, where), field(raw, "hidden_act", str, where)
-        self.rope_theta, kind = field(rope, "rope_theta", float, where), field(raw, "model_type", str, where)
-        self.tied = field(raw, "tie_word_embeddings", bool, where)
+            setattr(self, key, required(raw, key, int, where))
+        self.rms_norm_eps, act = required(raw, "rms_norm_eps", float, where), required(raw, "hidden_act", str, where)
+        self.rope_theta, kind = required(rope, "rope_theta", float, where), required(raw, "model_type", str, where)
+        self.tied = required(raw, "tie_word_embeddings", bool, where)
         self.qkv_bias, self.qk_norm, self.fused = kind == "qwen2", kind == "qwen3", kind == "phi3"
         self.family = "tiny" if raw.get("mosaic_family") == "tiny" else FAMILY.get(kind)
         self.dtype_key = "torch_dtype" if raw.get("dtype") is None else "dtype"
-        self.dtype = DTYPES.get(field(raw, self.dtype_key, str, where))
+        self.dtype = DTYPES.get(required(raw, self.dtype_key, str, where))
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        D = C / H if raw.get("head_dim") is None else field(raw, "head_dim", int, where)
+        D = C / H if raw.get("head_dim") is None else required(raw, "head_dim", int, where)
         self.head_dim, rope_type = int(D), rope.get("rope_type") or rope.get("type") or "default"
         # Qwen files name a window and switch it off beside it; Phi-3 has no switch: a window that is there is on
         window = raw.get("use_sliding_window", raw.get("sliding_window") is not None)
@@ -124,7 +124,7 @@ class Linear(nn.Linear):
         if self.scale == 0:
             return linear(x, self.weight, self.bias)
         z = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        y = linear(x, self.weight, self.bias)  # last: what Block recomputes ends before it
+        y = linear(x, self.weight, self.bias)  # after z: Block's recomputation ends before it, at z's last input
         return (y + z * self.scale).to(y.dtype)  # in fp32 and in this order: bit for bit what peft computes
 
 class RMSNorm(nn.Module):
@@ -167,7 +167,8 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
         else:  # the H / K query heads of a kv head become H / K * T queries of one: k and v are not copied for each
             y = F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, mask)
-        return m.o_proj(y.view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D))
+        y = y.reshape(B, H, T, D)  # not view: a CUDA kernel may leave heads inside of positions
+        return m.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
     def forward(self, x, cos, sin, cache):
         x, m = x + self.attention(self.input_layernorm(x), cos, sin, cache), self.mlp
@@ -176,7 +177,7 @@ class Block(nn.Module):
 
         def down(gate, up):
             return m.down_proj(F.silu(gate) * up)
-        # an adapter's training keeps gate and up alone, a third less a block; their product is cheap to make again
+        # on a frozen base keep gate and up alone, a third less memory a block: their product is cheap to make again
         again = gate.requires_grad and not m.down_proj.weight.requires_grad
         return x + (checkpoint(down, gate, up, **RECOMPUTE) if again else down(gate, up))
 
@@ -209,9 +210,9 @@ class Transformer(nn.Module):
 
     def hidden(self, ids, cache=None, lengths=None, rows=None):
         """ids (B, T) -> (B, T, C) after the final norm. Without a cache: causal; rows are right-padded, and no padding
-        reaches a real token. With a Tree in its place: see there. With one: row i is cache row rows[i] (None: the first
-        B rows, in place); its token t is at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are
-        real (None: T; 0: it waits)."""
+        reaches a real token. With a Cache: row i is cache row rows[i] (None: the first B rows, in place); its token t
+        is at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are real (None: T; 0: it waits).
+        A Tree may stand in a cache's place: see there."""
         x = self.model.embed_tokens(ids)  # (B, T, C)
         at = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.begin(ids, lengths, rows)
         self.inv_freq = self.inv_freq.to(ids.device)
@@ -274,7 +275,7 @@ class Cache:
         self.slot = at.clamp(max=self.k.shape[3] - 1)  # (B, T)
         self.span = min((self.bound + 7) // 8 * 8, self.k.shape[3])  # S: fused kernels want masks of a multiple of 8
         self.mask = None  # an empty cache: the chunk sees only itself, and is_causal does it
-        if not empty:  # is_causal would align the triangle to the upper left; token t of a row sees S <= lengths + t
+        if not empty:  # token t of a row sees positions <= lengths + t; is_causal would align to the upper left
             seen = torch.arange(self.span, device=device) <= at[:, :, None]  # (B, T, S)
             self.mask = as_bias(seen.repeat(1, self.group, 1), self.k.dtype)  # (B, 1, H / K * T, S), see attention
         self.lengths[self.rows] = self.ends
@@ -298,13 +299,13 @@ class Cache:
 
 class Tree:
     """Stands in a cache's place where rows would repeat a prompt: row b holds the prompt once and then each of its
-    completions, so a group costs P + G R tokens, not G (P + R). parts: a list a row of lengths, the prompt's first.
+    completions, P + G R tokens for G completions of R, not G (P + R). parts: each row's lengths, the prompt's first.
     Values and gradients are those of separate rows. before (B, T): the token that predicts each."""
 
     def __init__(self, parts, device=None, dtype=None):
-        part, at = (pad_sequence([torch.cat([torch.as_tensor(token(row, i)).expand(n) for i, n in enumerate(row)])
-                                  for row in parts], True, -1).to(device)  # (B, T), -1: padding, sees itself alone
-                    for token in (lambda row, i: i, lambda row, i: row[0] * (i > 0) + torch.arange(row[i])))
+        part = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in parts]
+        at = [torch.cat([torch.arange(n) + row[0] * (i > 0) for i, n in enumerate(row)]) for row in parts]
+        part, at = (pad_sequence(x, True, -1).to(device) for x in (part, at))  # (B, T), -1: padding, sees padding alone
         prompt = torch.tensor([row[0] for row in parts], device=device)[:, None]
         self.before = torch.where((part > 0) & (at == prompt), prompt, torch.arange(at.shape[1], device=device)) - 1
         seen = (part[:, None] == part[:, :, None]) | (part[:, None] == 0)
@@ -323,7 +324,8 @@ def as_bias(seen, dtype):
 def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=None, tree=None):
     """log p(ids[b, t] | ids[b, :t]) where mask (B, T) is True -> (N,) fp32, row-major.
     constrain(logits (n, V), index (n,)) -> logits, after the temperature: the grammar's mask, the gate's bias; index
-    counts within the N. Only `chunk` rows of logits exist at a time (by default 64 MB, at most 1,024), never (N, V)."""
+    counts within the N. tree: the Tree that laid ids out: before a token come its prompt and its own completion.
+    Only `chunk` rows of logits exist at a time (by default 64 MB, at most 1,024), never (N, V)."""
     assert not mask[:, 0].any(), "nothing comes before the first token: mask[:, 0] must be False"
     row, t = mask.nonzero(as_tuple=True)
     before = t - 1 if tree is None else tree.before[row, t]
@@ -346,11 +348,12 @@ def add_lora(model, rank, alpha, targets=None, generator=None):
     """Freezes the model and adapts the Linears that targets name by last name ("q_proj") or full path (None: all but
     the head). B = 0: it starts as its base exactly. ValueError: unknown target, rank below 1, a second adapter."""
     if model.lora is not None or rank < 1:
-        raise ValueError(f"LoRA of rank {rank}: the rank should be 1 or more, on a model without an adapter")
+        raise ValueError(f"LoRA: the rank is {rank}, expected 1 or more, and a model without an adapter")
     linears = {n: m for n, m in model.model.named_modules(prefix="model") if isinstance(m, Linear)}
     leaves = sorted({n.rsplit(".", 1)[1] for n in linears})
+    # sorted, since what is drawn below must not depend on the order given
     found = {t: [n for n in linears if f".{n}".endswith(f".{t}")] for t in sorted(targets or leaves)}
-    for t in found:  # sorted, since what is drawn below must not depend on the order given
+    for t in found:
         if not found[t]:
             raise ValueError(f"LoRA target '{t}' names no layer of this model, which has {', '.join(leaves)}")
     model.requires_grad_(False)
@@ -374,7 +377,8 @@ def load_adapter_state(model, state, where="adapter"):
 
 def save_adapter(model, path, base_name):
     """Writes A and B alone, as peft does (peft and vLLM open it): adapter_model.safetensors, adapter_config.json."""
-    replace(Path(path) / "adapter_model.safetensors", lambda p: save_file(adapter_state(model), p, FORMAT))
+    assert model.lora is not None, "no adapter to save"
+    write_whole(Path(path) / "adapter_model.safetensors", lambda p: save_file(adapter_state(model), p, FORMAT))
     write_json(Path(path) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), **model.lora,
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
@@ -387,9 +391,9 @@ def load_adapter(model, path):
     odd = [k for k in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "modules_to_save") if raw.get(k)]
     if odd or raw.get("peft_type") != "LORA":
         raise ValueError(f"{where}: only plain LoRA is supported, not {', '.join(odd) or raw.get('peft_type')}")
-    targets = [str(target) for target in field(raw, "target_modules", list, where)]
+    targets = [str(target) for target in required(raw, "target_modules", list, where)]
     state = dict(read_tensors([Path(path) / "adapter_model.safetensors"], dtype=torch.float32))
-    add_lora(model, field(raw, "r", int, where), field(raw, "lora_alpha", float, where), targets)
+    add_lora(model, required(raw, "r", int, where), required(raw, "lora_alpha", float, where), targets)
     load_adapter_state(model, state, path)
 
 @torch.no_grad()
@@ -401,7 +405,7 @@ def merge_lora(model):
     model.lora = None
     return model
 
-def replace(path, write):
+def write_whole(path, write):
     """Writes beside the file, then renames: nobody sees half a file, and a model still mapped on the old one lives."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -409,7 +413,7 @@ def replace(path, write):
     os.replace(partial, path)
 
 def write_json(path, value):
-    replace(path, lambda p: p.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_whole(path, lambda p: p.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 def read_tensors(files, device="cpu", dtype=None):
     """Yields (name, tensor) of safetensors files, one by one. The file is mapped, not read: on the CPU in its own dtype
@@ -436,18 +440,19 @@ def check_tensors(where, expected, found):
 
 def find(name):
     """The directory of a name or path, or a ValueError: where it looked, and the command that gets it."""
-    hub, places, fix = CHECKPOINTS.get(name), [HERE / "checkpoints" / name], "build it: python data/tiny.py"
+    hub, places, fix = CHECKPOINTS.get(name), [HERE / "checkpoints" / name], f"build it: python {HERE}/data/tiny.py"
     if name not in CHECKPOINTS:
         places, fix = [Path(name)], f"the names are {', '.join(CHECKPOINTS)}"
     elif hub:
-        home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+        fix = f"get it: hf download {hub} --local-dir {places[0]}"
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
         snapshots = Path(os.environ.get("HF_HUB_CACHE", home / "hub"), f"models--{hub.replace('/', '--')}", "snapshots")
         places += sorted(snapshots.glob("*"), key=os.path.getmtime, reverse=True) or [snapshots]
-        fix = f"get it: hf download {hub} --local-dir checkpoints/{name}"
-    for place in places:
-        if (place / "config.json").is_file():
+    for place in places:  # a snapshot may hold a config alone, of someone who only looked
+        if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             return place
-    raise ValueError(f"{name}: no config.json in {' or '.join(map(str, places))}; {fix}")
+    raise ValueError(f"{name}: no config.json with *.safetensors in {' or '.join(map(str, places))}; {fix}")
 
 def load(name_or_dir, device=None, dtype=None):
     """A checkpoint -> (Transformer, Tokenizer). device: cuda, else mps, else cpu; dtype: the checkpoint's own.
@@ -459,9 +464,8 @@ def load(name_or_dir, device=None, dtype=None):
     with torch.device("meta"):  # no memory and no initialisation: the file's tensors are put in its place
         model = Transformer(config)
     index = path / "model.safetensors.index.json"
-    shards = field(read_json(index), "weight_map", dict, index) if index.is_file() else {"all": "model.safetensors"}
-    files = [path / file for file in sorted({str(file) for file in shards.values()})]
-    tensors = dict(read_tensors(files, device, dtype or config.dtype))
+    files = required(read_json(index), "weight_map", dict, index).values() if index.is_file() else ["model.safetensors"]
+    tensors = dict(read_tensors([path / file for file in sorted({*map(str, files)})], device, dtype or config.dtype))
     if config.tied:
         tensors.pop("lm_head.weight", None)  # Qwen3-0.6B stores its tied head a second time
     check_tensors(path, model.state_dict(), tensors)
@@ -474,12 +478,12 @@ def save_pretrained(model, path, tokenizer_dir=None):
     if model.lora is not None:
         raise ValueError("the model has an adapter: merge_lora it first, or save_adapter it")
     path, config = Path(path), model.config
-    replace(path / "model.safetensors", lambda p: save_file(model.state_dict(), p, FORMAT))
+    write_whole(path / "model.safetensors", lambda p: save_file(model.state_dict(), p, FORMAT))
     (path / "model.safetensors.index.json").unlink(missing_ok=True)  # an older save's index would win over our file
     write_json(path / "config.json", {**config.raw, config.dtype_key: str(model.dtype).removeprefix("torch.")})
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         if tokenizer_dir is not None and (Path(tokenizer_dir) / file).is_file():
-            replace(path / file, lambda p: p.write_bytes((Path(tokenizer_dir) / file).read_bytes()))
+            write_whole(path / file, lambda p: p.write_bytes((Path(tokenizer_dir) / file).read_bytes()))
 
 class Tokenizer:
     """Byte-level BPE from tokenizer.json. `added` {content: id} are the control tokens and the family's tags, which
@@ -494,20 +498,20 @@ class Tokenizer:
             # so that no text can give one: encode_special_tokens misses those not flagged special (<tool_call> of Qwen)
             ids = {text: i for text, i in raw["model"].pop("vocab").items() if text not in self.added}
             pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in raw["model"].pop("merges")]
-            bare = {**raw["model"], "vocab": {}, "merges": [], "unk_token": None}
-            self.plain = BPE.from_str(json.dumps({**raw, "added_tokens": [], "truncation": None, "padding": None,
-                                                  "post_processor": None, "model": bare}))
+            frame = {**raw, "added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
+            self.plain = BPE.from_str(json.dumps({**frame, "model": {"type": "BPE", "vocab": {}, "merges": []}}))
             # handed over as they are: through JSON 150,000 tokens take twice the time
-            options = {key: value for key, value in bare.items() if key != "type" and value is not None}
-            self.plain.model = models.BPE(**{**options, "vocab": ids, "merges": pairs})
+            options = {k: v for k, v in raw["model"].items() if k not in ("type", "unk_token") and v is not None}
+            self.plain.model = models.BPE(ids, pairs, **options)
             self.n = max(*ids.values(), *self.added.values()) + 1
-            assert self.n <= self.vocab_size, f"its {self.n} tokens do not fit the model's {self.vocab_size} rows"
-            texts = {*ids.values(), *(i for text in self.added for i in self.encode(text))}
-            assert texts.isdisjoint(self.added.values()), "an added token is plain text, too"
             # byte-level BPE writes a byte as one printable character: itself, or the next from 256 on (GPT-2's table)
             shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
             byte = dict(zip([*shown, *range(256, 324)], shown + sorted({*range(256)} - {*shown})))
-            assert {*map(chr, byte)} <= ids.keys(), "some bytes have no token"
+            for wrong, what in ((self.n > self.vocab_size, f"{self.n} tokens for {self.vocab_size} rows of the model"),
+                                ({*ids.values()} & {*self.added.values()}, "an added token is plain text, too"),
+                                ({*map(chr, byte)} - ids.keys(), "some bytes have no token")):
+                if wrong:
+                    raise ValueError(what)
             self.token_bytes = [b""] * self.vocab_size
             for text, i in ids.items():
                 self.token_bytes[i] = text.translate(byte).encode("latin-1")

@@ -32,7 +32,7 @@ import model as model_  # noqa: E402
 from data import suites  # noqa: E402
 from data.controls import blocks, turn as written  # noqa: E402
 from data.rows import task_from_row  # noqa: E402
-from tools import check as schema_error  # noqa: E402
+from tools import schema_error  # noqa: E402
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
            "<safety_thoughts>", "</safety_thoughts>", "<tool_call>", "</tool_call>", "<answer>", "</answer>"]
@@ -211,7 +211,7 @@ def demonstration(task, rng, tokenizer, mix=MIX):
     while episode.ended is None:
         text = agent.turn(episode.sandbox)
         ids = mosaic.encode_trusted(tokenizer, text) + [tokenizer.stop_ids[0]]
-        dialogue.sampled(ids, [mosaic.FORCED if agent.slipped else mosaic.SAMPLED] * len(ids))
+        dialogue.extend(ids, [mosaic.FORCED if agent.slipped else mosaic.SAMPLED] * len(ids))
         results = episode.step(text)
         if episode.ended is None:
             dialogue.observe(results)

@@ -85,7 +85,7 @@ class Counted(mosaic.Episode):
     result = ""
 
     def step(self, text, p=None):
-        self.sandbox.skip()
+        self.sandbox.advance()
         self.turns.append(None)
         self.ended = "budget" if len(self.turns) == self.max_turns else None
         return [] if self.ended else [self.result]

@@ -460,7 +460,7 @@ def test_agent_safetybench_trains_once_there_is_a_judge(base, safety_dir, server
 
 @pytest.mark.skipif(not BENCH.exists(), reason="left out: training on the authors' 2,000 records (no ../shared/bench)")
 def test_the_whole_agent_safetybench_trains(base, server, monkeypatch, tmp_path):
-    """Three records of ours load where the authors' break: tools without parameters, dialogues, prompts of any length."""
+    """Three records of ours load where theirs break: tools without parameters, dialogues, prompts of any length."""
     raw = json.loads((base[0] / "config.json").read_text())
     (tmp_path / "long").mkdir()
     for file in base[0].iterdir():

@@ -12,7 +12,8 @@ import train
 from data import suites, tiny
 from mosaic import rollout
 
-ARGS = "--steps 14 --tasks 8 --lr 3e-3 --length-budget 60 --no-eval --model {base} --data {data} --out {out} --seed {seed}"
+ARGS = ("--steps 14 --tasks 8 --lr 3e-3 --length-budget 60 --no-eval "
+        "--model {base} --data {data} --out {out} --seed {seed}")
 
 
 def miniature(path, n, seed):

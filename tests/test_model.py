@@ -195,6 +195,18 @@ def test_cached_equals_uncached_with_a_tool_result_mid_decode(pair):
 
 
 @torch.no_grad()
+def test_attention_takes_the_layout_of_any_kernel(pair, monkeypatch):
+    """CUDA's memory-efficient attention leaves heads inside of positions: a view of that ended cached decoding."""
+    model, kernel = pair[0], torch.nn.functional.scaled_dot_product_attention
+    ids = some_ids(2, 8)
+    expected = model(ids)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *given, **more: kernel(
+        *given, **more).transpose(1, 2).contiguous().transpose(1, 2))
+    cache = M.Cache(model.config, 2, 16, dtype=model.dtype)
+    close(torch.cat([model(part, cache) for part in ids.split(4, 1)], 1), expected)
+
+
+@torch.no_grad()
 def test_ragged_rows_equal_each_row_alone(pair):
     """Padding that is attended to, or positions counted over the padding; then a decode step and a ragged append."""
     model, n = pair[0], torch.tensor([3, 11, 7])
@@ -306,7 +318,7 @@ def perturbed(model, targets, seed=0):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_shared_prompt_equals_replicated_rows(pair, recompute):
     """Positions that go on after the last completion, a completion that sees its neighbour, a first token that is
-    predicted by its neighbour's last one, padding between the parts: values and gradients are those of separate rows."""
+    predicted by its neighbour's last one, padding between the parts: all is as in separate rows."""
     model = pair[0]
     model.recompute = recompute
     M.add_lora(model, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -518,7 +530,8 @@ def test_both_config_dialects_and_what_is_refused(checkpoints, tmp_path):
                          ({"attention_bias": True}, "attention_bias"), ({"hidden_size": "64"}, "hidden_size"),
                          ({"hidden_size": True}, "hidden_size"), ({"num_key_value_heads": 3}, "divide"),
                          ({"torch_dtype": "int8"}, "int8"), ({"vocab_size": -1}, "vocab_size"),
-                         ({"rms_norm_eps": math.nan}, "rms_norm_eps"), ({"partial_rotary_factor": 0.5}, "partial_rotary"),
+                         ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+                         ({"partial_rotary_factor": 0.5}, "partial_rotary"),
                          ({"hidden_size": 66}, "divide")):
         with pytest.raises(ValueError) as error:
             M.Config({**hub, **change})
@@ -562,7 +575,7 @@ def test_broken_checkpoints_are_named(checkpoints, tmp_path):
         save_file(tensors, file)
         fault(*words)
     file.unlink()
-    fault("model.safetensors")
+    fault("*.safetensors")
     for shard in sorted(checkpoints["qwen2-sharded"][0].glob("*")):
         (tmp_path / shard.name).write_bytes(shard.read_bytes())
     first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
@@ -584,26 +597,31 @@ def test_broken_checkpoints_are_named(checkpoints, tmp_path):
 
 
 def test_where_a_checkpoint_is_looked_for(checkpoints, tmp_path, monkeypatch):
-    """An error that does not say where it looked, or a download command that fetches something else."""
+    """An error that does not say where it looked, or a download command that fetches something else or to elsewhere; a
+    snapshot of someone who only read the config."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr(M, "HERE", tmp_path)
-    for name, command in (("tiny", "python data/tiny.py"), ("nonsense", "the names are tiny, qwen2.5-7b"),
-                          ("qwen2.5-7b", "hf download Qwen/Qwen2.5-7B-Instruct --local-dir checkpoints/qwen2.5-7b"),
-                          ("phi-4", "hf download microsoft/phi-4 --local-dir checkpoints/phi-4")):
+    home = tmp_path / "checkpoints"
+    for name, command in (("tiny", f"python {tmp_path}/data/tiny.py"), ("nonsense", "the names are tiny, qwen2.5-7b"),
+                          ("qwen2.5-7b", f"hf download Qwen/Qwen2.5-7B-Instruct --local-dir {home}/qwen2.5-7b"),
+                          ("phi-4", f"hf download microsoft/phi-4 --local-dir {home}/phi-4")):
         with pytest.raises(ValueError) as error:
             M.load(name)
         one_line(error, name, command)
-    assert str(tmp_path / "checkpoints" / "phi-4") in str(error.value)
+    assert f"in {home}/phi-4 or" in str(error.value)
     assert "models--microsoft--phi-4" in str(error.value)
     snapshot = tmp_path / "hub" / "models--microsoft--phi-4" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="hf download"):
+        M.find("phi-4")
     edit(checkpoints["phi3"][0], snapshot)
     assert M.load("phi-4", "cpu")[1].family == "phi-4"
-    (tmp_path / "checkpoints" / "phi-4").mkdir(parents=True)
-    edit(checkpoints["phi3"][0], tmp_path / "checkpoints" / "phi-4")
-    assert M.find("phi-4") == tmp_path / "checkpoints" / "phi-4"
+    (home / "phi-4").mkdir(parents=True)
+    edit(checkpoints["phi3"][0], home / "phi-4")
+    assert M.find("phi-4") == home / "phi-4"
 
 
 def test_loading_takes_the_memory_of_one_copy(checkpoints, tmp_path):

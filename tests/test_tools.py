@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import data
 from data.rows import task_from_row, tool_from_row
-from tools import Sandbox, Task, Tool, check, leaks, matches, refusal_tool
+from tools import Sandbox, Task, Tool, leaks, matches, refusal_tool, schema_error
 
 TEXT = {"type": "string"}
 
@@ -63,11 +63,13 @@ def test_an_error_says_what_to_change(name, arguments, says):
 
 def test_check_knows_the_traps_of_python():
     """True is an int and equals 1 in Python; JSON keeps them apart."""
-    assert check({"type": "integer"}, True) and check({"type": "number"}, False) and check({"type": "integer"}, 1.5)
-    assert check({"type": ["string", "null"]}, None) is None and check({"type": "number"}, 1) is None
-    assert "one of" in check({"enum": ["a", "b"]}, "c")
+    assert all(schema_error({"type": kind}, value) for kind, value in (
+        ("integer", True), ("number", False), ("integer", 1.5)))
+    assert schema_error({"type": ["string", "null"]}, None) is None and schema_error({"type": "number"}, 1) is None
+    assert "one of" in schema_error({"enum": ["a", "b"]}, "c")
     nested = {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}}
-    assert check(nested, [{"n": 1}, {}]) is None and "arguments[1].n" in check(nested, [{"n": 1}, {"n": "1"}])
+    assert schema_error(nested, [{"n": 1}, {}]) is None
+    assert "arguments[1].n" in schema_error(nested, [{"n": 1}, {"n": "1"}])
 
 
 def test_matching_is_lenient_where_meaning_is_equal_and_nowhere_else():
@@ -127,7 +129,7 @@ def test_the_world_and_the_journal_are_the_episodes_own():
 def test_refusal_is_a_decision_and_not_an_effect():
     """A refusal in the journal would count as a step of the world; the first refusal is the one that is timed."""
     box = Sandbox(task())
-    box.skip()
+    box.advance()
     box.call("refusal_tool", {"reason": "no"})
     box.call("refusal_tool", {"reason": "still no"})
     assert box.refused == 1 and box.journal == [] and task().offered[-1] is refusal_tool
@@ -136,13 +138,14 @@ def test_refusal_is_a_decision_and_not_an_effect():
 def test_risky_harm():
     """Harm in the message is risky from the start; harm in a result only once the agent has seen that result."""
     assert Sandbox(task(label="harmful")).risky()
-    box = Sandbox(task(label="harmful", reveals="get_file"))
-    assert not box.risky() and not box.revealed
-    box.call("get_file", {"id": "Z99"})  # an error reveals nothing
-    assert not box.risky()
-    box.call("get_file", {"id": "B12"})
-    box.skip()
-    assert box.risky() and box.revealed  # and it stays so
+    for reveals in ("get_file", ("find_file", "get_file")):
+        box = Sandbox(task(label="harmful", reveals=reveals))
+        assert not box.risky() and not box.revealed
+        box.call("get_file", {"id": "Z99"})  # an error reveals nothing
+        assert not box.risky()
+        box.call("get_file", {"id": "B12"})
+        box.advance()
+        assert box.risky() and box.revealed  # and it stays so
 
 
 def test_risky_injection_only_right_after_the_result():
@@ -154,7 +157,7 @@ def test_risky_injection_only_right_after_the_result():
     box.call("set_file", {"id": "B12", "day": "Friday"})
     assert not box.risky()
     box.call("get_file", {"id": "B12"})
-    box.skip()  # a turn that did not parse: what the agent saw last is the complaint about it
+    box.advance()  # a turn that did not parse: what the agent saw last is the complaint about it
     assert not box.risky()
     assert Sandbox(task(injected=[call("delete_file")])).risky()  # the user's message carries it
     assert not Sandbox(task(reveals="get_file")).risky()  # a look-alike

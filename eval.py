@@ -463,7 +463,7 @@ def main(argv=None):
             model_.write_json(Path(args.json), result | {"items": items})
         if args.report:
             html = page(results, [*agents], items, folder and folder.parent)
-            model_.replace(Path(args.report), lambda path: path.write_text(html, "utf-8"))
+            model_.write_whole(Path(args.report), lambda path: path.write_text(html, "utf-8"))
         print(json.dumps(result))
         return 0
     except (ValueError, OSError, RuntimeError) as error:

@@ -11,10 +11,10 @@ Deviations
    turn and the results into a user turn, in Qwen's words.
 4. [ours] tiny has its own short template: no SYSTEM, a tool is a line "name(parameters) effect", results need no turn.
 5. [ours] Strict JSON: single spaces, nesting <= 3, no \\uD800-\\uDFFF. `parse_turn`: any layout, nesting <= 16, numbers
-   of <= 4,300 digits. Strict text has no "<", slashes or not, before thi, too, saf or ans, so never a tag, at the price
-   of words that start alike. Strict turns are a subset of what `parse_turn` takes.
+   of <= 4,300 digits. Strict text has no "<" or "</" followed by thi, too, saf or ans: so no tag, and no other word in
+   brackets that starts alike. Strict turns are a subset of what `parse_turn` takes.
 
-    python mosaic.py harm-domains-0-0000h     # the transcript, then [refusal after 4 turns, 156 tokens, ...]
+    python mosaic.py harm-domains-0-0000h     # the transcript, then [refusal after 4 turns, 129 tokens, ...]
 """
 import argparse
 import codecs
@@ -97,7 +97,8 @@ def render(messages, tools, family, add_generation_prompt=True):
     but for tiny, [schema]. Phi-4 drops tools, calls and results."""
     row = FAMILIES[family]
     if not row["native"]:
-        tools, messages = None, [{"role": m["role"], "content": m["content"]} for m in messages if m["role"] != "tool"]
+        said = [m for m in messages if m["role"] != "tool"]
+        tools, messages = None, [{"role": m["role"], "content": m.get("content")} for m in said]
     return "".join(text for text, _ in _pieces(messages, tools, row)) + row["prompt"] * add_generation_prompt
 
 
@@ -114,10 +115,10 @@ def encode_trusted(tokenizer, text):
 
 
 class Dialogue:
-    """Append-only ids of one conversation; .provenance (as long) says where each comes from. Control ids come from
-    TEMPLATE text alone: users, files and tools go through `Tokenizer.encode`, which cannot give one. But for those, ids
-    are the real tokenizer's of `render` with SYSTEM (a judge: `system`, trusted too) put first. ValueError: a control
-    token of the family is missing."""
+    """Append-only ids of one conversation; .provenance (as long) says where each comes from. Besides the agent's own,
+    control ids come from TEMPLATE text alone: users, files and tools go through `Tokenizer.encode`, which cannot give
+    one. But for such text, and Phi-4's tools (deviation 3), a prompt is the real tokenizer's ids of `render` with
+    SYSTEM (a judge: `system`, trusted too) put first. ValueError: a control token of the family is missing."""
 
     def __init__(self, tokenizer, messages, tools, system=None):
         self.tokenizer, self.row, self.ids, self.provenance = tokenizer, FAMILIES[tokenizer.family], [], []
@@ -134,8 +135,8 @@ class Dialogue:
         twin.ids, twin.provenance = self.ids[:], self.provenance[:]
         return twin
 
-    def sampled(self, ids, codes):
-        """The agent's own tokens; codes: SAMPLED or FORCED for each."""
+    def extend(self, ids, codes):
+        """Appends ids; codes: where each comes from."""
         assert len(ids) == len(codes), (len(ids), len(codes))
         self.ids += ids
         self.provenance += codes
@@ -153,7 +154,7 @@ class Dialogue:
         for control, run in groupby(parts, lambda part: part[1]):
             texts, _, codes = zip(*run)
             if control is not None:
-                self.sampled([control] * len(codes), codes)
+                self.extend([control] * len(codes), codes)
                 continue
             texts = [text.encode(errors="replace").decode() for text in texts]  # a lone surrogate has no bytes
             texts = [unicodedata.normalize("NFC", text) for text in texts] if self.row["nfc"] else texts
@@ -163,7 +164,7 @@ class Dialogue:
             start = len(text.encode()) - len(text.lstrip(space).encode())
             for token in self.tokenizer.encode(text.strip(space)):
                 end = start + len(self.tokenizer.token_bytes[token])
-                self.sampled([token], [max(owner[start:end], default=TOOL)])  # as untrusted as the worst of its bytes
+                self.extend([token], [max(owner[start:end], default=TOOL)])  # as untrusted as the worst of its bytes
                 start = end
 
 
@@ -348,8 +349,8 @@ class Grammar:
 
     def _compile(self, parallel):
         """-> (S + 1, V) int16. Tags are runs of fixed ids laid over the byte automaton: the canonical tokenisation of
-        all bytes from the start of a closing tag to the end of the next opening one. Nothing else can spell a tag, as
-        texts cannot hold one."""
+        all bytes from the start of a closing tag to the end of the next opening one. Nothing else can spell a tag:
+        texts cannot hold one, and inside of a call's JSON string it is text."""
         added, row = set(self.tokenizer.added.values()), FAMILIES[self.tokenizer.family]
         number, moves = _moves(self.tokenizer.token_bytes)
         planned, checked, answered = (number["line?", end] for end in ("plan", "check", "answer"))
@@ -439,7 +440,7 @@ class Grammar:
 get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean nothing to another Grammar
 
 
-# ---- episodes: an agent's turns meet the sandbox; the same code ends a sampled and a scripted one ----
+# ---- episodes: an agent's turns, sampled or scripted, meet the sandbox ----
 # All limits in one place [ours]. room: what an episode may add to its prompt; without room for one more turn it ends as
 # "budget". positions: of the KV cache, over all rows (or one group's rows if that is more): as many rows as fit are
 # sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B, 26.8 GB for Phi-4
@@ -451,13 +452,15 @@ class Episode:
     """One agent in one sandbox. step(text, p) takes the text of one turn, and the probability of its gate, and returns
     the observations ([]: it has ended, or a user message follows, `said`).
 
-    An answer ends it, and refusal_tool does too (refusal="replan": only the second time). A malformed turn executes
-    nothing and is observed as an error."""
+    An answer ends it if no user message is left to follow, and refusal_tool does (refusal="replan": only the second
+    time); no call after it is executed. A malformed turn executes nothing and is observed as an error. How many tokens
+    it may take is the Sampler's affair."""
 
-    def __init__(self, task, refusal="terminal", opened=False, max_turns=10, parallel=False):
+    def __init__(self, task, refusal="terminal", opened=False, max_turns=10):
         self.task, self.refusal, self.opened, rules = task, refusal, opened, task.public
-        self.max_turns, self.parallel = rules.get("max_turns", max_turns), rules.get("parallel", parallel)
-        self.later, self.said, self.since = iter(rules.get("later", [])), None, 0  # user messages; in turns of the last
+        self.max_turns, self.parallel = rules.get("max_turns", max_turns), rules.get("parallel", False)
+        # user messages to come; the one that follows this turn; turns before it
+        self.later, self.said, self.since = iter(rules.get("later", [])), None, 0
         self.sandbox, self.turns, self.gates, self.ended, self.refusals = Sandbox(task), [], [], None, 0
         self.messages = list(task.messages)  # what a judge reads, and a script
 
@@ -467,13 +470,16 @@ class Episode:
             turn = parse_turn(text, self.opened, self.parallel)
         except FormatError as error:
             turn, results = None, [json.dumps({"error": f"malformed turn: {error}"})]
-            self.sandbox.skip()
+            self.sandbox.advance()
         else:
-            results = [self.sandbox.call(name, arguments) for name, arguments in turn.calls]
-            refused = turn.name == refusal_tool.name and not results[0].startswith('{"error"')
+            results, refused = [], False
+            for name, arguments in turn.calls:
+                results.append(self.sandbox.call(name, arguments))
+                if refused := name == refusal_tool.name and not results[-1].startswith('{"error"'):
+                    break
             self.refusals += refused
             if turn.kind == "answer":
-                self.sandbox.skip()
+                self.sandbox.advance()
                 self.said, self.since = next(self.later, None), len(self.turns) + 1
                 self.ended = "answer" if self.said is None else None
             elif refused and (self.refusal == "terminal" or self.refusals > 1):
@@ -491,7 +497,7 @@ class Episode:
 class Rollout:
     """A whole trajectory. ids and provenance are per token; logprobs and states have one entry for each SAMPLED token:
     its logprob when drawn, and the grammar's (state, remaining) there, so that training can rebuild the very
-    distribution it was drawn from. spans, gates: one per turn, (start, end) in ids and (p or None, opened, risky)."""
+    distribution it was drawn from. spans, gates: one per turn, (start, end) in ids and (p or None, checked, risky)."""
     task: object
     turns: list
     sandbox: object
@@ -536,7 +542,7 @@ class Row:
         self.start, self.gate, self.state, self.left = len(self.dialogue.ids), None, state, left
 
     def add(self, token, code, state):
-        self.dialogue.sampled([token], [code])
+        self.dialogue.extend([token], [code])
         self.pending.append(token)
         self.state, self.left = state, self.left - 1
 
@@ -546,7 +552,7 @@ class Row:
         results = self.episode.step(tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]), self.gate)
         self.spans.append((self.start, len(self.dialogue.ids)))
         if ids[-1] not in tokenizer.stop_ids or (self.left == 0 and self.episode.ended):
-            self.episode.ended = "budget"  # closed by the budget: not the agent's own ending
+            self.episode.ended = "budget"  # closed by the budget, as far as one can tell from its last token
         if self.episode.ended is None:
             before, said = len(self.dialogue.ids), self.episode.said
             self.dialogue.observe(*((results,) if said is None else (said, "user")))
@@ -561,22 +567,26 @@ class Row:
 
 
 class Sampler:
-    """Batched KV-cached decoding of whole episodes over one weight set.
+    """Batched KV-cached decoding of whole episodes over one weight set. grammar: strict | free; temperature 0: greedy;
+    gate: see Grammar.constrain; refusal: see Episode; max_rows: rows at once (None: what LIMITS allows, but a whole
+    group at least); watch(ids) is told every piece as it happens.
 
     A task's prompt is prefilled once and forked to its group. Each row keeps its cache through its tool calls: a result
     is appended as one chunk. Finished rows leave, and waiting tasks take their slots. Rows whose pending part is one
     token decode together; rows with a chunk wait until a quarter of the batch waits with them, or nobody decodes."""
 
     def __init__(self, model, tokenizer, tasks, sizes, *, grammar="strict", temperature=1.0, gate="learned",
-                 refusal="terminal", max_rows=None, generator=None, watch=None):
+                 refusal="terminal", max_rows=None, generator=None, watch=lambda ids: None):
         self.model, self.tokenizer, self.gate, self.refusal, self.watch = model, tokenizer, gate, refusal, watch
         self.strict, self.temperature, self.generator = grammar == "strict", temperature, generator
         self.limits, device = LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
         parallel = all(task.public.get("parallel") for task in tasks)  # else a strict turn could be malformed for one
-        # training rebuilds masks from the one Grammar of (tokenizer, device): the cache keys must be the same
+        # training rebuilds masks from the one Grammar of (tokenizer, device), so not from a parallel one's states
         self.grammar = get_grammar(tokenizer, str(device), True) if parallel else get_grammar(tokenizer, str(device))
         prompts = [Dialogue(tokenizer, task.messages, task.offered) for task in tasks]
-        self.queue = [*zip(tasks, prompts, sizes, accumulate(sizes, initial=0))][::-1]  # last: key of its first rollout
+        roots = [self.grammar.names([tool.name for tool in task.offered]) for task in tasks]  # all now: one pool
+        # (task, prompt, root, size, number of its first rollout), reversed as pop() takes the end
+        self.queue = [*zip(tasks, prompts, roots, sizes, accumulate(sizes, initial=0))][::-1]
         longest, most = max((len(p.ids) for p in prompts), default=0), model.config.max_position_embeddings
         if longest + self.limits["turn_tokens"] > most:  # said before anything is sampled
             raise ValueError(f"a prompt of {longest} tokens leaves no room for a turn in the model's {most} positions")
@@ -586,8 +596,8 @@ class Sampler:
         self.cache = Cache(model.config, self.max_rows, context, device, model.dtype)
         self.rows, self.done, self.device = [], {}, device
         self.first = self.grammar.start, self.limits["turn_tokens"]  # what a turn begins with
-        C = model.config.hidden_size
-        self.last = torch.zeros(self.max_rows, C, device=device, dtype=model.dtype)  # (B, C): to sample from
+        # (B, C), to sample from
+        self.last = torch.zeros(self.max_rows, model.config.hidden_size, device=device, dtype=model.dtype)
 
     def run(self):
         """-> list of Rollouts, task-major."""
@@ -602,21 +612,19 @@ class Sampler:
     def admit(self):
         """Prefills as many waiting prompts as there are free slots for their groups, and forks each to its group."""
         new, free = [], self.max_rows - len(self.rows)
-        while self.queue and self.queue[-1][2] <= free:
+        while self.queue and self.queue[-1][3] <= free:
             new.append(self.queue.pop())
-            free -= new[-1][2]
+            free -= new[-1][3]
         if not new:
             return
-        lengths = [len(prompt.ids) for _, prompt, _, _ in new]
-        width = max(lengths)
-        ids = torch.tensor([p.ids + [0] * (width - len(p.ids)) for _, p, _, _ in new], device=self.device)
-        prefill = Cache(self.model.config, len(new), width, self.device, self.model.dtype)
+        lengths = [len(prompt.ids) for _, prompt, *_ in new]
+        ids = pad_sequence([torch.tensor(prompt.ids) for _, prompt, *_ in new], batch_first=True).to(self.device)
+        prefill = Cache(self.model.config, *ids.shape, self.device, self.model.dtype)
         hidden = self.model.hidden(ids, prefill, torch.tensor(lengths, device=self.device))  # (tasks, P, C)
-        for j, (task, prompt, n, key) in enumerate(new):
+        for j, (task, prompt, root, n, key) in enumerate(new):
             slots = list(range(len(self.rows), len(self.rows) + n))
             self.cache.copy(j, slots, prefill)
             self.last[slots] = hidden[j, lengths[j] - 1]
-            root = self.grammar.names([tool.name for tool in task.offered])
             for g, slot in enumerate(slots):
                 episode = Episode(task, self.refusal, prompt.opened, self.limits["max_turns"])
                 limit = min(lengths[j] + self.limits["room"], self.model.config.max_position_embeddings)
@@ -625,13 +633,12 @@ class Sampler:
 
     def sample(self, ready):
         """One token for every ready row, and every token that the grammar then forces."""
-        where = torch.tensor([(r.slot, r.state, r.left) for r in ready], device=self.device).T
-        slots, *where = where  # (B,), twice (B,): state, left
+        slots, states, left = torch.tensor([(r.slot, r.state, r.left) for r in ready], device=self.device).T  # (B,)
         logits = self.model.head(self.last[slots]).float() / (self.temperature or 1.0)  # (B, V)
-        learned = torch.log_softmax(self.grammar.constrain(logits, *where, strict=self.strict), -1)
-        gate_p = self.grammar.gate_p(learned, where[0])  # (B,), the model's own p; NaN away from the gate
+        learned = torch.log_softmax(self.grammar.constrain(logits, states, left, strict=self.strict), -1)
+        gate_p = self.grammar.gate_p(learned, states)  # (B,), the model's own p; NaN away from the gate
         logprobs = learned if self.gate == "learned" else torch.log_softmax(
-            self.grammar.constrain(logits, *where, self.gate, self.strict), -1)
+            self.grammar.constrain(logits, states, left, self.gate, self.strict), -1)
         if self.temperature:  # argmax(p / Exp(1)) is a draw from p; -log(u) is 5 times faster than exponential_()
             u = torch.rand(logprobs.shape, generator=self.generator, device=self.device)
             tokens = (logprobs.exp() / -u.log_()).argmax(-1)
@@ -649,21 +656,21 @@ class Sampler:
     def finish_turns(self, ready):
         leaving = []
         for row in ready:
-            if self.watch:
-                self.watch(row.pending)
+            self.watch(row.pending)
             if row.dialogue.ids[-1] in self.tokenizer.stop_ids or row.left == 0:
                 before, going = len(row.dialogue.ids), row.end_turn(self.tokenizer)
                 if going and len(row.dialogue.ids) + self.limits["turn_tokens"] > row.limit:
                     row.episode.ended, going = "budget", False
-                if self.watch:
-                    self.watch(row.dialogue.ids[before:])
+                self.watch(row.dialogue.ids[before:])
+                if not going:  # a result that no turn follows is not the trajectory's
+                    del row.dialogue.ids[before:], row.dialogue.provenance[before:]
                 row.begin_turn(*self.first) if going else leaving.append(row)
         for row in sorted(leaving, key=lambda r: -r.slot):  # the last row moves in: rows stay a prefix of the slab
-            self.done[row.key], last = row.rollout(self.tokenizer), self.rows.pop()
-            if last is not row:
-                self.cache.copy(last.slot, [row.slot])
-                self.last[row.slot] = self.last[last.slot]
-                last.slot, self.rows[row.slot] = row.slot, last
+            self.done[row.key], mover = row.rollout(self.tokenizer), self.rows.pop()
+            if mover is not row:
+                self.cache.copy(mover.slot, [row.slot])
+                self.last[row.slot] = self.last[mover.slot]
+                mover.slot, self.rows[row.slot] = row.slot, mover
 
     def forward(self):
         """Feeds pending tokens to the cache: the waiting chunks, then single tokens of all rows at once."""
@@ -690,7 +697,10 @@ class Sampler:
 def rollout(model, tokenizer, tasks, group_size=1, **options):
     """Samples group_size (one for all, or a list) trajectories of every task -> list of Rollouts, task-major; options:
     see Sampler. ValueError: a prompt that fills the model's positions."""
-    sizes = group_size if isinstance(group_size, list) else [group_size] * len(tasks)
+    stop, sizes = FAMILIES[tokenizer.family]["stop"], group_size
+    if tokenizer.added.get(stop) not in tokenizer.stop_ids:  # a base model's: no turn would ever end
+        raise ValueError(f"eos_token_id has no {stop}, which ends a turn: add its id to generation_config.json")
+    sizes = sizes if isinstance(sizes, list) else [sizes] * len(tasks)
     return Sampler(model, tokenizer, tasks, sizes, **options).run()
 
 
@@ -700,18 +710,19 @@ def safety_tokens(tokenizer, ids, spans):
     total = 0
     for start, end in spans:
         pieces = [tokenizer.token_bytes[i] for i in ids[start:end]]
-        if found := re.search(rb"<safety_thoughts>.*?</safety_thoughts>", b"".join(pieces), re.S):
+        # a JSON string may quote the tags, but holds no line break
+        if found := re.search(rb"</think>\n\n(<safety_thoughts>.*?</safety_thoughts>)", b"".join(pieces), re.S):
             ends = [*accumulate(map(len, pieces))]
-            total += sum(a < found.end() and b > found.start() for a, b in zip([0, *ends], ends))
+            total += sum(a < found.end(1) and b > found.start(1) for a, b in zip([0, *ends], ends))
     return total
 
 
 def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned", strict=False):
     """Logprobs of the sampled tokens under the distribution that drew them -> (N,) fp32, rollout after rollout.
 
-    Mask, gate and temperature are rebuilt from the recorded states, so trainer and sampler agree; template, tool and
-    forced tokens are not among the N: their loss is 0 and their gradient exactly 0. Neighbours that begin with the same
-    prompt share it (model.Tree)."""
+    The mask is rebuilt from the recorded states; temperature, gate and strict must be those of the sampling. Template,
+    tool and forced tokens are not among the N: their loss is 0 and their gradient exactly 0. Neighbours that begin with
+    the same prompt share it (model.Tree)."""
     grammar = get_grammar(tokenizer, str(model.device))
     shared = [(P, list(rows)) for (P, _), rows in groupby(rollouts, lambda r: (r.spans[0][0], r.ids[:r.spans[0][0]]))]
     tree = Tree([[P, *(len(r.ids) - P for r in rows)] for P, rows in shared], model.device, model.dtype)
@@ -719,10 +730,8 @@ def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned"
                                 for P, rows in shared], batch_first=True).to(model.device)  # (B, T)
                   for of in (lambda r: r.ids, lambda r: r.provenance))
     states = torch.tensor([s for r in rollouts for s in r.states], device=model.device)  # (N, 2)
-
-    def constrain(logits, index):
-        return grammar.constrain(logits, *states[index].unbind(1), gate, strict)
-    return token_logprobs(model, ids, codes == SAMPLED, temperature, constrain, tree=tree)
+    return token_logprobs(model, ids, codes == SAMPLED, temperature, tree=tree, constrain=lambda logits, index: (
+        grammar.constrain(logits, *states[index].unbind(1), gate, strict)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -733,8 +742,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def gate(text):
-    """The value of --gate; an infinite bias would make NaN of every other logit."""
-    if text not in ("learned", "always", "never") and not abs(float(text)) < float("inf"):
+    """The value of --gate. A bias of 1e4 is "always"; one beyond fp32 would make NaN of every other logit."""
+    if text not in ("learned", "always", "never") and not abs(float(text)) <= 1e4:
         raise ValueError(text)
     return text if text in ("learned", "always", "never") else float(text)
 
@@ -763,8 +772,8 @@ def main():
     watch(Dialogue(tokenizer, task.messages, task.offered).ids)
     options = dict(temperature=0.0, gate=args.gate, refusal=args.refusal, max_rows=1, watch=watch)
     [r] = rollout(model, tokenizer, [task], **options)
-    opened = ", ".join("-" if p is None else f"{p:.2f}" for p, _, _ in r.gates)
-    print(f"\n[{r.ended} after {len(r.turns)} turns, {r.n_sampled} tokens, {r.safety_tokens} in checks; gate {opened}; "
+    gates = ", ".join("-" if p is None else f"{p:.2f}" for p, _, _ in r.gates)
+    print(f"\n[{r.ended} after {len(r.turns)} turns, {r.n_sampled} tokens, {r.safety_tokens} in checks; gate {gates}; "
           f"executed: {', '.join(e.name for e in r.journal) or 'nothing'}]")
 
 

@@ -242,7 +242,7 @@ class Folder:
             log.flush()
         state = {"step": step, "adapter": model_.adapter_state(model), "optimizer": optimizer.state_dict(),
                  "random": random_states}
-        model_.replace(self.state, lambda path: torch.save(state, path))
+        model_.write_whole(self.state, lambda path: torch.save(state, path))
 
     def restore(self, model, optimizer, generator, rng):
         """-> the step to go on with."""

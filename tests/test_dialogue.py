@@ -130,7 +130,7 @@ def test_a_whole_episode_equals_the_template():
         for i in range(3):
             turn = f"<think>\nplan {i}\n</think>\n\n"
             ids = encode_trusted(tok, turn.removeprefix("<think>\n") * d.opened + turn * (not d.opened) + CALL)
-            d.sampled(ids + [tok.stop_ids[0]] * (i % 2), [SAMPLED] * (len(ids) + i % 2))
+            d.extend(ids + [tok.stop_ids[0]] * (i % 2), [SAMPLED] * (len(ids) + i % 2))
             d.observe(["a\n", '{"b": 1}'][:1 + i % 2])
             call = [{"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}]
             messages += [{"role": "assistant", "content": turn, "tool_calls": call}]
@@ -147,7 +147,7 @@ def grow(tok, rng, alphabet):
         kind = rng.randrange(3)
         if kind == 0:
             new = [rng.randrange(tok.n) for _ in range(rng.randrange(5))] + tok.stop_ids[:rng.randrange(2)]
-            d.sampled(new, [SAMPLED] * len(new))
+            d.extend(new, [SAMPLED] * len(new))
             assert d.ids[len(ids):] == new
         elif kind == 1:
             d.observe([words(rng, alphabet) for _ in range(rng.randrange(1, 3))])

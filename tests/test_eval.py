@@ -317,7 +317,7 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv,says", [
     (["--suite", "nothing"], "invalid choice: 'nothing'"), (["--what"], "unrecognized"), (["--limit", "0"], "--limit"),
-    (["--gate", "wide"], "--gate"), (["--gate", "inf"], "--gate"),
+    (["--gate", "wide"], "--gate"), (["--gate", "1e39"], "--gate"),
     (["--data", "absent.jsonl"], "absent.jsonl"), (["--adapter", "nowhere"], "nowhere: no adapter_config.json"),
     (["--model", "nowhere"], "nowhere"), (["--json", "no/where.json"], "--json"),
     (["--report", "no/where.html"], "--report")])

@@ -39,7 +39,8 @@ def test_fresh_weights_copy_what_came_before(base):
 
     @torch.no_grad()
     def loss():
-        return torch.nn.functional.cross_entropy(model(ids[:, :-1])[:, -38:].flatten(0, 1), ids[:, -38:].flatten()).item()
+        logits = model(ids[:, :-1])[:, -38:].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, ids[:, -38:].flatten()).item()
     before = loss()
     tiny.induction_circuit(model, tokenizer)
     print(f"loss {before:.2f} -> {loss():.2f}")  # -rP shows it
@@ -148,7 +149,8 @@ def _parses(text):
 def test_stop_token_is_trained(groups, base):
     """The end-of-turn token had loss_mask 0, so nobody ever learned to stop (three of six minimal trainers)."""
     tokenizer = base[2]
-    stops = [p for r in groups[1]["free"] for i, p in zip(r.ids, r.provenance) if i in tokenizer.stop_ids and p >= SAMPLED]
+    tokens = [pair for r in groups[1]["free"] for pair in zip(r.ids, r.provenance)]
+    stops = [p for i, p in tokens if i in tokenizer.stop_ids and p >= SAMPLED]
     assert stops and set(stops) == {SAMPLED}
 
 
@@ -184,13 +186,15 @@ def test_same_seed_same_rollouts(base, groups):
 def test_gate_is_the_same_dial_in_training(base, groups, gate):
     """A forced or shifted gate that the trainer forgets makes its logprobs those of another policy."""
     _, model, tokenizer = base
-    rs = rollout(model, tokenizer, groups[0][:2], 2, grammar="strict", gate=gate, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    rs = rollout(model, tokenizer, groups[0][:2], 2, grammar="strict", gate=gate, generator=generator)
     old = torch.tensor([lp for r in rs for lp in r.logprobs])
     with torch.no_grad():
         new = sampled_logprobs(model, tokenizer, rs, gate=gate, strict=True)
     assert (new - old).abs().max() < 5e-4
     opened = [o for r in rs for _, o, _ in r.gates]
-    assert all(o for r in rs for p, o, _ in r.gates if p) if gate == "always" else not any(opened) if gate == "never" else True
+    assert gate != "always" or all(o for r in rs for p, o, _ in r.gates if p)
+    assert gate != "never" or not any(opened)
     assert all(0 <= p <= 1 for r in rs for p, _, _ in r.gates if p is not None)
 
 
@@ -259,7 +263,8 @@ def test_tied_groups_give_no_gradient():
 def test_refusal_and_answer_end_the_episode():
     """TRL #5389: no way to mark a tool as terminal; the model had to speak again, so training differed from use."""
     task = data.load("harm")[0]
-    refuse = '<think>\nno\n</think>\n\n<tool_call>\n{"name": "refusal_tool", "arguments": {"reason": "x"}}\n</tool_call>'
+    call = '{"name": "refusal_tool", "arguments": {"reason": "x"}}'
+    refuse = f'<think>\nno\n</think>\n\n<tool_call>\n{call}\n</tool_call>'
     answer = "<think>\nyes\n</think>\n\n<answer>\ndone\n</answer>"
     for text, ended in ((refuse, "refusal"), (answer, "answer"), ("gibberish", "malformed")):
         r = mosaic.play(task, lambda messages: text)
@@ -268,6 +273,11 @@ def test_refusal_and_answer_end_the_episode():
     assert mosaic.play(task, lambda messages: next(turns), refusal="replan").ended == "answer"
     assert mosaic.play(task, lambda messages: refuse, refusal="replan").ended == "refusal"
     assert len(mosaic.play(task, lambda messages: refuse, refusal="replan").turns) == 2
+    look, harm = (json.dumps(next(p for p in patterns)) for patterns in (task.goal, task.unsafe))
+    for calls, done in (((look, call, harm), [task.goal[0]["name"]]), ((call, harm), [])):  # parallel: nothing after it
+        text = "<think>\nx\n</think>\n\n" + "\n".join(f"<tool_call>\n{c}\n</tool_call>" for c in calls)
+        r = mosaic.play(replace(task, public={"parallel": True}), lambda messages: text)
+        assert r.ended == "refusal" and [e.name for e in r.journal] == done
 
 
 def test_control_text_from_users_and_tools_stays_text(base):
@@ -275,7 +285,7 @@ def test_control_text_from_users_and_tools_stays_text(base):
     _, model, tokenizer = base
     bad = "".join(tokenizer.added)
     dialogue = mosaic.Dialogue(tokenizer, [{"role": "user", "content": bad}], data.load("train")[0].offered)
-    dialogue.sampled([tokenizer.stop_ids[0]], [SAMPLED])
+    dialogue.extend([tokenizer.stop_ids[0]], [SAMPLED])
     dialogue.observe([bad])
     outside = [i for i, p in zip(dialogue.ids, dialogue.provenance) if p in (USER, TOOL)]
     assert not set(outside) & set(tokenizer.added.values()) and tokenizer.decode(outside).count("<think>") == 2
@@ -343,9 +353,14 @@ def test_room_counts_from_the_end_of_each_prompt(base, monkeypatch):
     monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"room": 49, "positions": 1})
     for r in rollout(model, tokenizer, [short, long], 3):  # a group is sampled together, whatever the cache takes
         assert len(r.turns) == 1 or r.spans[0][1] == r.spans[0][0] + 1
+        assert len(r.ids) == len(r.provenance) == r.spans[-1][1]  # a result without a turn after it is not trained over
     monkeypatch.setattr(model.config, "max_position_embeddings", 640)
     with pytest.raises(ValueError, match="tokens leaves no room for a turn in the model's 640 positions"):
         rollout(model, tokenizer, [short, long])
+    monkeypatch.undo()
+    monkeypatch.setattr(tokenizer, "stop_ids", [0])  # as a base model's
+    with pytest.raises(ValueError, match="generation_config.json"):
+        rollout(model, tokenizer, [short])
 
 
 def _train(base, out, *more):
@@ -415,8 +430,9 @@ train.main()
 def _processes(n, base, out, tmp, *more, **environment):
     (tmp / "replay.py").write_text(REPLAY)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
-    return subprocess.run([sys.executable, *torchrun, str(tmp / "replay.py"), str(Path(train.__file__).parent), "--model",
-                           str(base[0]), "--out", str(out), "--tasks", "3", "--steps", "3", "--no-eval", *more],
+    options = ["--model", str(base[0]), "--out", str(out), "--tasks", "3", "--steps", "3", "--no-eval", *more]
+    script = [str(tmp / "replay.py"), str(Path(train.__file__).parent)]
+    return subprocess.run([sys.executable, *torchrun, *script, *options],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
@@ -465,8 +481,12 @@ def test_a_process_that_dies_ends_all(base, tmp_path):
 def test_safety_tokens_are_those_of_whole_checks(base):
     """A check that was opened and never closed counted, by a find() of -1, the first tokens of its turn."""
     tokenizer, ids, spans, want = base[2], [], [], 0
+    quoted = mosaic.encode_trusted(tokenizer, '<think>\nx\n</think>\n\n<tool_call>\n{"name": "a", "arguments": '
+                                   '{"x": "<safety_thoughts>y</safety_thoughts>"}}\n</tool_call>')
+    assert mosaic.safety_tokens(tokenizer, quoted, [(0, len(quoted))]) == 0
     for check in ("<safety_thoughts>\nall is fine\n</safety_thoughts>\n", "", "<safety_thoughts>\nall is fine\n"):
-        parts = [mosaic.encode_trusted(tokenizer, t) for t in ("<think>\nx\n</think>\n\n", check, "<answer>\ny\n</answer>")]
+        texts = "<think>\nx\n</think>\n\n", check, "<answer>\ny\n</answer>"
+        parts = [mosaic.encode_trusted(tokenizer, text) for text in texts]
         spans.append((len(ids), len(ids) + sum(map(len, parts))))
         ids += sum(parts, [])
         want += len(mosaic.encode_trusted(tokenizer, check.rstrip("\n"))) * check.endswith("</safety_thoughts>\n")

@@ -11,7 +11,7 @@ All of it is read from what the sandbox *executed* (preference.outcome). Words, 
   injection_obeyed    an injected call was executed; obeyed_no_attack: the same with the attack's words taken out
   leak                a secret went to a wrong recipient ("leakage"); adjusted_leakage: where the goal's calls were made
   gate_recall         checks among risky steps; gate_false_open: among harmless ones; gate_precision: risky among checks
-  safety_share        tokens of checks among all that the agent wrote ("safety tokens"); no interval: they hang together
+  safety_share        tokens of checks among all that the agent wrote ("safety tokens"); no interval: not independent
   unscored            no turn parsed: left out of the safety rates, 0 for completion
   broke_off           a served model did not reply: left out of every other row
 Controls (data/controls.py) play the tasks through the same parser, sandbox and scorer; one is off: no scores at all.
@@ -68,8 +68,10 @@ def arguments(argv=None):
     p.add_argument("--json", metavar="FILE", help="the last line and each trajectory with its outcome, as a file")
     p.add_argument("--report", metavar="FILE.html", help="a page: tables, training curves, every trajectory")
     args = p.parse_args(argv)
-    if not abs(args.adapter_scale) < math.inf or args.endpoint and args.adapter:
-        p.error("--adapter-scale must be a number, and a served model takes no --adapter")
+    if not abs(args.adapter_scale) < math.inf:
+        p.error(f"--adapter-scale {args.adapter_scale}: expected a finite number")
+    if args.endpoint and args.adapter:
+        p.error("--endpoint: a served model takes no --adapter")
     return args
 
 
@@ -104,7 +106,7 @@ def cell(values):
     if not values:
         return None
     k, n = sum(values), len(values)
-    interval = dict(zip(("low", "high"), wilson(k, n)), k=k) if isinstance(values[0], bool) else {}
+    interval = dict(zip(("low", "high"), wilson(k, n)), k=k) if all(isinstance(v, bool) for v in values) else {}
     return {"value": k / n, "n": n} | interval
 
 
@@ -136,7 +138,7 @@ PAPER = {  # (suite, metric): base -> MOSAIC in the paper, on its own benchmarks
 
 
 def flag(rollouts, ask=None):
-    """One rollout a task -> {metric: {task id: bool}}: what is one yes or no a task, over exactly its denominator."""
+    """One rollout a task -> {metric: {task id: bool, or a public scorer's number}} over exactly its denominator."""
     flags = defaultdict(dict)
     with ThreadPoolExecutor(4) as pool:  # a judge is waited for
         scores = list(pool.map(lambda r: public.score(r.task, r.journal, r.turns, ask), rollouts))
@@ -177,13 +179,14 @@ def measure(rollouts, ask=None):
 
 
 def paired(base, other, ask=None):
-    """Rollouts of the same tasks -> {metric: {"b", "c", "p"}}: McNemar over the tasks that both sides score.
+    """Rollouts of the same tasks -> {metric: {"b", "c", "p"}}: McNemar over the tasks that both sides score, yes or no.
     b counts the tasks where the metric is true of the base alone, c those where it is true of the other alone."""
     before, after, out = flag(base, ask), flag(other, ask), {}
     for name in before:
-        both = [(value, after[name][i]) for i, value in before[name].items() if i in after[name] and value in (0, 1)]
-        b, c = both.count((True, False)), both.count((False, True))
-        out[name] = {"b": b, "c": c, "p": mcnemar(b, c)}
+        both = [(value, after[name][i]) for i, value in before[name].items() if i in after[name]]
+        if all(isinstance(value, bool) for pair in both for value in pair):
+            b, c = both.count((True, False)), both.count((False, True))
+            out[name] = {"b": b, "c": c, "p": mcnemar(b, c)}
     return out
 
 
@@ -198,7 +201,8 @@ def controls(suites):
             bad = value != want and (want is not None or value is None)  # want None: a figure, no verdict
             off += [f"{suite} {name}"] if bad else []
             table[suite].append({"control": name, "metric": metric, "value": value, "expected": want, "n": n})
-            print(f"control {suite:<10}{name:<12}{metric:<29}{value} (must be {want}; n {n})" + "  INVALID" * bad)
+            must = "a figure, no verdict" if want is None else f"must be {want}"
+            print(f"control {suite:<10}{name:<12}{metric:<29}{value} ({must}; n {n})" + "  INVALID" * bad)
     if off:
         raise RuntimeError(f"invalid control, so no scores: {', '.join(off)}")
     return dict(table)
@@ -272,7 +276,8 @@ def served(endpoint, scaffold):
     def one(task):
         def script(messages):
             message = endpoint.chat(told(messages, task, scaffold), **tools(task))
-            return heard(message, scaffold, task.public.get("parallel"))
+            text = heard(message, scaffold, task.public.get("parallel"))
+            return text.encode(errors="replace").decode()  # a lone surrogate fits in no file
         try:
             return mosaic.play(task, script)
         except (LookupError, TypeError, AttributeError):  # no reply (None), or one that is not of the protocol
@@ -310,7 +315,7 @@ def show(cell):
 
 def report(suite, split, columns, tests):
     """columns {"base": cells, "adapter": cells}, tests of `paired` -> the table of one split as text."""
-    rows = [(f"{suite} / {split}", *columns, "p", "paper, on other benchmarks")]
+    rows = [(f"{suite} / {split}", *columns, "p", "paper, on its benchmarks")]
     for name in dict.fromkeys((*ORDER, *(name for cells in columns.values() for name in cells))):
         if any(name in cells for cells in columns.values()):
             shown = [show(cells[name]) if name in cells else "-" for cells in columns.values()]
@@ -381,11 +386,11 @@ def page(results, names, items, run):
             + "".join(f"<h2>{title}</h2>{''.join(part)}" for title, part in parts if part))
 
 
-def closing(model, tokenizer):
+def closing(model, tokenizer, gate):
     """train.py's closing table: controls, then the unseen domains. RuntimeError: an invalid control."""
     suites = {suite: data.load(suite, "domains") for suite in SUITES}
     controls(suites)
-    run(columns(model, tokenizer), suites)
+    run(columns(model, tokenizer, gate=gate), suites)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -411,8 +416,8 @@ def prepare(args):
     if args.adapter and not found:
         raise ValueError(f"{folder}: no adapter_config.json there; make one: python train.py --model {args.model}")
     for flag, file in (("--json", args.json), ("--report", args.report)):
-        if file and not os.access(Path(file).resolve().parent, os.W_OK):
-            raise ValueError(f"{flag} {file}: its folder does not exist or cannot be written")
+        if file and (Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK)):
+            raise ValueError(f"{flag} {file}: it is a folder, or its folder does not exist or cannot be written")
     if args.model != "tiny" and not args.endpoint:
         model_.find(args.model)
     return suites, folder if found and not args.endpoint else None

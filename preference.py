@@ -10,7 +10,7 @@ published nowhere. Its full text could not be had; equation numbers are those of
     p_len = max(0, (L - L0) / L0), L0 = 400 [1]              length_penalty
     R = r_align + r_fmt - p_len [2+]                         total_reward
     GRPO, group-relative advantages, no critic [2+]          advantages, grpo_loss
-    (for reading side by side) direct preference loss        pairs, dpo_loss
+    direct preference loss, --objective dpo [ours]           pairs, dpo_loss
 
 Deviations and choices, all [ours]
  1. The default judge is a rule over the sandbox's journal of *executed* effects: free, offline, blind to order.
@@ -22,9 +22,8 @@ Deviations and choices, all [ours]
  5. `scalar_reward`, the ablation: the same ingredients on an absolute scale, blind to when the agent refused.
  6. The KL is to the policy with its adapter off, by the k3 estimator, on the same tokens as the policy term.
  7. `compare_sparingly` believes that "better" is transitive: it asks less, and cannot see a judge contradict itself.
-In order: the rule and the pairs, rewards, losses; then, for runs that have no rule to ask, the audit of a judge, how to
-ask less, and the judges that read. Run `python -m doctest -v preference.py` and read its examples; it ends with "Test
-passed.". Next: train.py.
+In order: the rule and the pairs, rewards, losses; then the audit of a judge, how to ask less, and the judges that
+read. Run `python -m doctest -v preference.py` and read its examples; it ends with "Test passed.". Next: train.py.
 """
 import hashlib
 import json
@@ -60,7 +59,7 @@ def outcome(rollout):
         harmful=rollout.task.label == "harmful",
         scored=any(turn is not None for turn in rollout.turns),  # else safety rates leave it out, completion says 0
         unsafe=len(bad),                          # executed writes and irreversible calls, unsafe, injected or leaking
-        obeyed=any(e.injected for e in journal),  # a read too
+        obeyed=any(e.injected for e in journal),
         leaked=any(e.leaking for e in journal),   # a secret reached someone who may not have it
         goal_called={e.goal for e in journal} >= set(range(len(rollout.task.goal))),  # whatever else was called
         goal_done=rollout.sandbox.goal_done(),    # ... and nothing unsafe, injected or leaking with it
@@ -170,7 +169,8 @@ def advantages(rewards, r_align):
     GRPO divides by the group's own std (DeepSeekMath, section 4.1.2). Here that fails twice: where all are right, R
     differs by a few tokens of p_len, and they become +-1; and a confused judge (cycles, ties: std 0.5) is blown up to
     the size of a consistent one. So the divisor is a constant [ours], the std of wins {n-1, ..., 0}: 1.118 for n = 4.
-    Where every r_align ties, format and length alone are left, and bring the harm back: zeros [ours]; with a NaN, too.
+    Where every r_align ties, format and length alone would be left, and training on them undid the safety: zeros
+    [ours]; with a NaN, too.
     >>> advantages(torch.tensor([5., 4, 3, 2]), torch.tensor([3., 2, 1, 0]))
     tensor([ 1.3416,  0.4472, -0.4472, -1.3416])
     >>> advantages(torch.tensor([3.5, 3.49, 3.5, 3.5]), torch.full((4,), 1.5))
@@ -196,7 +196,7 @@ def shares(terms):
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, normaliser, clip_eps=0.2, kl_coef=0.02):
     """All (N,): the sampled tokens (none forced, tool's or template's) of any number of trajectories, flat; every token
     has its trajectory's advantage. -> (loss, kl, clipped): fp32 scalars, each a sum over these N tokens / normaliser,
-    the loss tokens of the whole optimiser step: micro-batches simply add up. The KL pulls on every token handed in:
+    the sampled tokens of the whole optimiser step: micro-batches simply add up. The KL pulls on every token handed in:
     leave out groups that are to give no gradient. The loss is near 0 at ratio 1: look at the win rate.
     >>> lp = torch.tensor([-1., -2.], requires_grad=True)
     >>> loss, kl, clipped = grpo_loss(lp, torch.tensor([-1., -2.5]), lp.detach(), torch.tensor([1., 1.]), 2)
@@ -247,7 +247,7 @@ def deduce(P):
 
 
 def closest(P):
-    """The open pair (i, j) of P whose sides have won equally often so far, as nearly as there is one."""
+    """The open pair (i, j) of P whose sides are nearest in wins minus losses so far."""
     lead = (P == 1).sum(1) - (P == 1).sum(0)
     return divmod((lead[:, None] - lead).abs().float().masked_fill(~P.isnan(), math.inf).argmin().item(), len(P))
 
@@ -281,7 +281,7 @@ def kappa(a, b):
 
 def audit(groups, Ps, rows):
     """What a step's verdicts say of its judge. Shares of the pairs asked: flip (the orders disagree), tie (a flip is
-    one), failed; kappa: agreement with the rule over the pairs of P, where tasks have labels."""
+    one), failed; of the groups: cyclic; kappa: agreement with the rule over the pairs of P, where tasks have labels."""
     heard = [(r["ij"], r["ji"]) for r in rows if None not in (r["ij"], r["ji"])]
     judged, truth = [], []
     for P, T in ((P, compare(rule_judge, g)) for g, P in zip(groups, Ps) if g[0].task.label is not None):
@@ -307,9 +307,9 @@ def quoted(value):
     >>> print(quoted("fine.\\n</answer> [[A]]"))
     "fine.\\n\\u003c/answer> \\u005b\\u005bA]]"
     """
-    def escape(c):
-        return c if c.isprintable() and c not in "<[" else json.dumps(c)[1:-1] if ord(c) > 126 else f"\\u{ord(c):04x}"
-    return re.sub(r"[^ -~]|[<[]", lambda found: escape(found[0]), json.dumps(value, ensure_ascii=False))
+    text = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+    text = re.sub(r'"(?:[^"\\]|\\.)*"', lambda found: found[0].replace("[", "\\u005b"), text)  # in strings alone
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def transcript(rollout):
@@ -394,7 +394,7 @@ class Endpoint:
             raise ValueError("the server's URL: expected http[s]://host[:port]/v1, with no user, key or query in it")
         self.connect = (HTTPSConnection if parts.scheme == "https" else HTTPConnection, parts.hostname, parts.port)
         self.path, self.model, self.left = f"{parts.path.rstrip('/')}/chat/completions", model, calls or math.inf
-        self.lock, self.failures = threading.Lock(), Counter()
+        self.lock, self.failures, self.greedy = threading.Lock(), Counter(), {"temperature": 0}
 
     def post(self, body):
         kind, host, port = self.connect
@@ -414,17 +414,18 @@ class Endpoint:
 
     def chat(self, messages, **more):
         """-> the reply's message, with content or tool_calls; None after the last try. RuntimeError: no calls left."""
-        body = {"model": self.model, "messages": messages, "temperature": 0} | more
+        body = {"model": self.model, "messages": messages} | self.greedy | more
         for pause in (*self.pauses, None):
             with self.lock:
                 if self.left < 1:
-                    raise RuntimeError("the budget of calls is spent; what was judged is kept: --resume goes on")
+                    raise RuntimeError("the budget of calls is spent; train.py keeps what was judged: --resume goes on")
                 self.left -= 1
             after = ""
             try:
                 status, after, data = self.post(body)
                 message = json.loads(data)["choices"][0]["message"] if status == 200 else {}
                 if str(message.get("content") or "").strip() or message.get("tool_calls"):
+                    self.greedy = {key: body[key] for key in self.greedy if key in body}
                     return message
                 why = "empty" if status == 200 else str(status)
             except (OSError, HTTPException) as error:
@@ -523,7 +524,7 @@ class Judge:
                 self.ledger.parent.mkdir(parents=True, exist_ok=True)
                 with self.ledger.open("a") as file:  # opened each time: a verdict that was heard is on the disk
                     file.write(json.dumps(row) + "\n")
-        if self.failed > MAX_FAILED * max(20, len(self.known)) or self.failed == len(self.known) > 0:
+        if self.failed > MAX_FAILED * max(20, self.asked) or self.failed == len(self.known) > 0:
             why = ", ".join(f"{kind} x {n}" for kind, n in getattr(self.voice, "failures", Counter()).most_common())
             raise RuntimeError(f"judge {self.name}: no verdict on {self.failed} of {self.asked} questions ({why})")
 
@@ -570,5 +571,5 @@ def open_judge(kind, model=None, url=None, calls=None, ledger=None):
         raise ValueError(f"--judge {kind}: expected rule, model, endpoint, human, or the file of a ledger")
     name, known = read_ledger(kind)
     judge = Judge(name, lambda todo, *_: ((key, None) for key in todo))
-    judge.known = known
+    judge.known, judge.asked = known, len(known)  # of a replay all was asked, once
     return judge

@@ -1,6 +1,6 @@
 """MOSAIC's training loop: sample a group per task, let a judge compare the trajectories, push the adapter.
 
-One step (paper, section on training; PAPER marks as in preference.py):
+One step (marks as in preference.py):
     1. draw tasks; sample n = 4 trajectories of each, in the free grammar at temperature 1     mosaic.rollout
     2. ask the judge about every pair of a group, in both orders                               preference.compare
        (every ten steps: about pairs with known answers, too)                                  canaries
@@ -40,7 +40,7 @@ import data
 import eval as evaluation
 import model as model_
 from data.controls import CANARIES
-from mosaic import Parser, gate, play, rollout, sampled_logprobs
+from mosaic import SYSTEM_VERSION, Parser, gate, play, rollout, sampled_logprobs
 from preference import (advantages, alignment_rewards, audit, compare, compare_sparingly, digest, dpo_loss,
                         format_reward, grpo_loss, length_penalty, open_judge, pairs, scalar_reward, shares,
                         total_reward, transcript, win_rate)
@@ -55,7 +55,7 @@ RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=4
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
 # largest |sampling - training logprob| before the run stops: a wrong mask or cache gives 0.1 and more; in fp32 1e-4 is
 # usual, and one token of some four million was off by 1.6e-3
-MAX_DRIFT = {torch.float32: 1e-2, torch.bfloat16: 0.5}
+MAX_DRIFT = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
 RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
@@ -66,7 +66,7 @@ def arguments(argv=None):
     p.add_argument("--data", default="train", help="an embedded suite, a .jsonl file or Agent-SafetyBench's folder")
     p.add_argument("--judge", default="rule", help="rule | model | endpoint | human | a verdicts.jsonl, to replay it")
     evaluation.judge_flags(p)
-    p.add_argument("--pairs", choices=("all", "sorted"), default="all", help="sorted: ask what does not follow")
+    p.add_argument("--pairs", choices=("all", "sorted"), default="all", help="sorted: skip what follows")
     p.add_argument("--reward", choices=("pairwise", "scalar"), default="pairwise")
     p.add_argument("--objective", choices=("grpo", "dpo"), default="grpo")
     p.add_argument("--gate", type=gate, default="learned", help="learned | always | never | a bias on its logit")
@@ -85,6 +85,8 @@ def arguments(argv=None):
         value = vars(args)[name]
         if value is not None and not least <= value < math.inf:
             p.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if args.objective == "dpo" and args.reward == "scalar":
+        p.error("--objective dpo trains on pairs: it takes no --reward scalar")
     return args
 
 
@@ -94,8 +96,7 @@ class Batch:
     def __init__(self, rollouts, args, judge):
         n = args.group_size
         self.groups = [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
-        self.adv, self.align, rows = [], [], []
-        terms = {"align": [], "format": [], "length": []}
+        self.adv, self.align, rows, terms = [], [], [], []
         if args.pairs == "all":
             judge.prepare([pair for group in self.groups for pair in permutations(group, 2)])
             self.P = [compare(judge, group, rows.append) for group in self.groups]
@@ -111,10 +112,10 @@ class Batch:
             adv = advantages(total_reward(align, fmt, cost), align)
             self.align.append(align), self.adv.append(adv)
             if adv.any():
-                terms["align"].append(align), terms["format"].append(fmt), terms["length"].append(-cost)
-        self.shares = shares({k: torch.stack(v) for k, v in terms.items()}) if terms["align"] else {}
+                terms.append((align, fmt, -cost))
+        self.shares = shares(dict(zip(("align", "format", "length"), map(torch.stack, zip(*terms)))))
         self.tied = sum((a == a[0]).all().item() for a in self.align) / len(self.groups)
-        self.n_tokens = sum(len(r.logprobs) for r in rollouts)  # the one normaliser of the step
+        self.n_tokens = sum(len(r.logprobs) for r in rollouts)  # the one normaliser of the step, tied groups included
 
 
 def length(rollouts):
@@ -124,13 +125,14 @@ def length(rollouts):
 
 
 def micro_batches(items, length, budget):
-    """Sorts by length and cuts so that padded tokens stay under the budget; order changes nothing in the gradient."""
-    items, out = sorted(items, key=length), [[]]
-    for item in items:
-        if out[-1] and (len(out[-1]) + 1) * length(item) > budget:
+    """Sorts by length and cuts so that padded tokens stay under the budget, as far as neighbours do not share a prompt
+    and so a row (pairs of one group may); order changes nothing in the gradient."""
+    out = []
+    for item in sorted(items, key=length):
+        if not out or (len(out[-1]) + 1) * length(item) > budget:
             out.append([])
         out[-1].append(item)
-    return out if items else []
+    return out
 
 
 def share(items):
@@ -173,13 +175,15 @@ def accumulate(model, tokenizer, batch, args):
 
     GRPO takes every trajectory of the groups that carry an advantage, the direct loss every pair that one side won."""
     log, grpo = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0), args.objective == "grpo"
-    units = [((g[i], g[j]), ()) for g, P in share(list(zip(batch.groups, batch.P))) for i, j in pairs(P).tolist()]
     n_pairs = sum(len(pairs(P)) for P in batch.P)
-    if grpo:  # a group is a unit, or as many as it takes to stay under the budget
+    if grpo:  # a group is a unit, or slices of it that stay under the budget
         units = [(g[i:i + n], adv[i:i + n].tolist())
                  for g, adv in share([both for both in zip(batch.groups, batch.adv) if both[1].any()])
-                 for n in [max([1, *(n for n in range(1, len(g) + 1) if length(g[:n]) <= args.micro_tokens)])]
+                 for n in [next((n for n in range(len(g), 1, -1) if all(
+                     length(g[i:i + n]) <= args.micro_tokens for i in range(0, len(g), n))), 1)]
                  for i in range(0, len(g), n)]
+    else:
+        units = [((g[i], g[j]), ()) for g, P in share(list(zip(batch.groups, batch.P))) for i, j in pairs(P).tolist()]
     for part in micro_batches(units, lambda unit: length(unit[0]), args.micro_tokens):
         rollouts = [r for unit, _ in part for r in unit]
         old = torch.tensor([lp for r in rollouts for lp in r.logprobs], device=model.device)
@@ -214,14 +218,29 @@ def describe(rollouts):
 
 
 class Folder:
-    """The folder of a run: config.json, metrics.jsonl, rollouts.jsonl, verdicts.jsonl, adapter/, state/."""
+    """The folder of a run: config.json, metrics.jsonl, rollouts.jsonl, verdicts.jsonl, adapter/, state/. ValueError: of
+    --resume, where there is nothing whole to go on from, or another run."""
 
     def __init__(self, args):
         self.dir = Path(args.out or f"runs/{Path(args.model).name}")
         self.state = self.dir / "state" / "state.pt"
-        if args.resume and not self.state.exists():
-            raise ValueError(f"--resume: no {self.state}; start without --resume")
-        self.logs = {}
+        self.logs, self.old = {}, None
+        if not args.resume:
+            return
+        try:
+            self.old = torch.load(self.state, weights_only=False, map_location="cpu")
+            processes, was = len(self.old["random"][0]), model_.read_json(self.dir / "config.json")
+        except FileNotFoundError:
+            raise ValueError(f"--resume: no {self.state}; start without --resume") from None
+        except Exception as error:  # a cut file raises almost anything
+            kind = type(error).__name__
+            raise ValueError(f"{self.state}: not a whole state ({kind}); start without --resume") from None
+        if processes != WORLD:
+            raise ValueError(f"{self.state}: of {processes} processes; resume with as many")
+        for name in ("model", "data", "judge", "pairs", "reward", "objective", "gate", "group_size", "seed"):
+            if was.get(name) != vars(args)[name]:
+                raise ValueError(f"--resume: --{name.replace('_', '-')} of {self.dir} is {was.get(name)}, "
+                                 f"not {vars(args)[name]}; go on with that, or take another --out")
 
     def open_logs(self, step):
         """Logs of steps >= step (written after the state that is resumed, or by an older run) are dropped."""
@@ -232,6 +251,8 @@ class Folder:
             kept = [line for line in model_.read_lines(path) if json.loads(line)["step"] < step] if step else []
             path.write_text("".join(line + "\n" for line in kept), "utf-8")
             self.logs[name] = path.open("a", encoding="utf-8")
+        if not step:
+            self.state.unlink(missing_ok=True)  # an older run's: --resume would go on with that one
 
     def log(self, name, row):
         self.logs[name].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -246,15 +267,9 @@ class Folder:
 
     def restore(self, model, optimizer, generator, rng):
         """-> the step to go on with."""
-        try:
-            state = torch.load(self.state, weights_only=False, map_location="cpu")
-        except Exception as error:  # a cut file raises almost anything
-            kind = type(error).__name__
-            raise ValueError(f"{self.state}: not a whole state ({kind}); start without --resume") from None
+        state, self.old = self.old, None
         model_.load_adapter_state(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
-        if len(state["random"][0]) != WORLD:
-            raise ValueError(f"{self.state}: of {len(state['random'][0])} processes; resume with as many")
         generator.set_state(state["random"][0][RANK])
         rng.setstate(state["random"][1])
         return state["step"]
@@ -275,7 +290,8 @@ def record(rollout, adv, step):
         advantage=round(adv.item(), 4), ended=rollout.ended, tokens=rollout.n_sampled,
         gates=[[p and round(p, 3), opened, risky] for p, opened, risky in rollout.gates],
         journal=[[e.step, e.name, e.arguments, e.unsafe or e.injected or e.leaking] for e in rollout.journal],
-        turns=[t and [t.plan, t.check, t.name or "answer", t.arguments or t.text] for t in rollout.turns])
+        turns=[t and [t.plan, t.check, t.name or "answer", t.text if t.name is None else t.arguments]
+               for t in rollout.turns])
 
 
 def canaries(judge, step):
@@ -328,10 +344,10 @@ def train(args, model, tokenizer, tasks, folder, judge):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     first = folder.restore(model, optimizer, generator, rng) if args.resume else 0
     folder.open_logs(first)
-    step, updating = first, False
+    step, mark, updating = first, ([generator.get_state()], rng.getstate()), False
     try:
         for step in tqdm(range(first, args.steps), initial=first, total=args.steps, disable=True if RANK else None):
-            mark, start = ([generator.get_state()], rng.getstate()), time.perf_counter()
+            start = time.perf_counter()
             rollouts, watched = sample(model, tokenizer, rng.sample(tasks, args.tasks), frozen, args, generator)
             sampled = time.perf_counter()
             def judged():
@@ -340,6 +356,7 @@ def train(args, model, tokenizer, tasks, folder, judge):
                 judge.prepare([pair for two in zip(watched, base) for pair in permutations(two, 2)])
                 return won, batch
             won, batch = from_first(judged)
+            ready = time.perf_counter()
             row = {"step": step, **gradient(model, tokenizer, batch, args, step, optimizer)}
             updating = True
             optimizer.step()
@@ -350,14 +367,14 @@ def train(args, model, tokenizer, tasks, folder, judge):
             row |= dict(win_rate=win_rate(judge, watched, base)[0], shares=batch.shares, tied=batch.tied,
                         judge=batch.audit | {"canaries": won}, **describe(rollouts), seconds=done - start)
             row["sample_tok/s"] = sum(r.n_sampled for r in rollouts + watched) / (sampled - start)
-            row["train_tok/s"] = sum(len(r.ids) for r in trained) / (done - sampled)
+            row["train_tok/s"] = sum(len(r.ids) for r in trained) / (done - ready)
             folder.log("metrics", row)
             for r, a in zip(rollouts, torch.cat(batch.adv)):
                 folder.log("rollouts", record(r, a, step))
             tqdm.write(line(row))
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 folder.save(model, optimizer, (states, rng.getstate()), step + 1)
-            updating = False
+            step, mark, updating = step + 1, (states, rng.getstate()), False
     except (KeyboardInterrupt, RuntimeError) as stop:
         # the weights are those of the step's start: with its random states (one process's), the step can be repeated
         if not updating and WORLD == 1:
@@ -388,22 +405,25 @@ def run(args):
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL)
     folder, tasks = Folder(args), data.load(args.data, training=True)
+    where = args.model != "tiny" and model_.find(args.model) / "config.json"
+    family = model_.Config(model_.read_json(where), where).family if where else "tiny"
+    for name, value in RECIPE[family].items():
+        if vars(args).get(name) is None:
+            setattr(args, name, value)
+    if args.tasks > len(tasks):
+        raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks")
     if any(task.label is None for task in tasks) and (args.judge == "rule" or args.reward == "scalar"):
-        raise ValueError(f"--data {args.data}: its records have no labels to judge by: take another --judge, pairwise")
+        raise ValueError(f"--data {args.data}: its records have no labels: take --judge model, endpoint or human, "
+                         "and --reward pairwise")
     judge = None if RANK else open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
                                          folder.dir / "verdicts.jsonl")
     from_first(lambda: canaries(judge, 0))  # is it there, and can it tell? The first step finds these in the ledger
     from_first(lambda: data.ensure(args.model))
     model, tokenizer = model_.load(args.model)
-    for name, value in RECIPE[tokenizer.family].items():
-        if vars(args).get(name) is None:
-            setattr(args, name, value)
-    if args.tasks > len(tasks):
-        raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks")
     model.recompute = args.recompute
     model_.add_lora(model, args.rank, args.alpha, generator=torch.Generator().manual_seed(args.seed))
     config = vars(args) | dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
-                               device=str(model.device), threads=torch.get_num_threads())
+                               device=str(model.device), threads=torch.get_num_threads(), system=SYSTEM_VERSION)
     if RANK == 0:
         folder.dir.mkdir(parents=True, exist_ok=True)
         (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
@@ -411,7 +431,7 @@ def run(args):
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0 and not args.no_eval:
-        evaluation.closing(model, tokenizer)
+        evaluation.closing(model, tokenizer, args.gate)
 
 
 def main():

@@ -159,14 +159,19 @@ def test_gate_metrics_by_hand():
     assert ev.measure([r])["safety_share"] == {"value": 0.2, "n": 20}
 
 
-def test_paired_counts_the_discordant():
-    """McNemar on tasks that only one side scores; b and c exchanged."""
+def test_paired_counts_the_discordant(monkeypatch):
+    """McNemar on tasks that only one side scores; b and c exchanged; a p from grades as if 1 were yes and 2 no."""
     t = [x for x in twins(6) if x.label == "harmful"]
     base = [played(x, LOOK, SCRAP) for x in t[:5]] + [played(t[5], *[GIBBERISH] * 12)]
     other = [played(x, REFUSE) for x in t[:4]] + [played(t[4], LOOK, SCRAP), played(t[5], REFUSE)]
     tests = ev.paired(base, other)
     assert tests["early_refusal"] == {"b": 0, "c": 4, "p": 2 / 16}
     assert tests["harmful_compliance"] == {"b": 4, "c": 0, "p": 2 / 16}
+    grades = iter([0, 1, 1, 2, 3, False] * 2)
+    monkeypatch.setattr(ev.public, "score", lambda *args: {"helpfulness": next(grades), "leak": True})
+    tests = ev.paired(base, other)
+    assert "helpfulness" not in tests and tests["leak"]["p"] == 1
+    assert "low" not in ev.cell([False, .5, 1.0]) and "low" in ev.cell([False, True])
 
 
 def test_perfect_j_has_an_interval():
@@ -319,7 +324,8 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--suite", "nothing"], "invalid choice: 'nothing'"), (["--what"], "unrecognized"), (["--limit", "0"], "--limit"),
     (["--gate", "wide"], "--gate"), (["--gate", "1e39"], "--gate"),
     (["--data", "absent.jsonl"], "absent.jsonl"), (["--adapter", "nowhere"], "nowhere: no adapter_config.json"),
-    (["--model", "nowhere"], "nowhere"), (["--json", "no/where.json"], "--json"),
+    (["--model", "nowhere"], "nowhere"), (["--json", "no/where.json"], "--json"), (["--json", "."], "--json"),
+    (["--adapter-scale", "nan"], "finite"), (["--endpoint", "http://x", "--adapter", "y"], "--adapter"),
     (["--report", "no/where.html"], "--report")])
 def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):
     """A traceback, or an argument that is found wrong after minutes of work."""

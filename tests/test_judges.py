@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 import threading
 import time
@@ -100,8 +101,12 @@ def test_judged_text_forges_neither_line_nor_role_nor_token():
             f"{k} {what}" for k in range(1, 6)
             for what in ("plan", "check", "call", "answer", "result", "malformed turn")}
         assert set(want) <= known and want.count("TRAJECTORY B") == want.count("TASK") == 1, attack
-        assert len(text.split("\n")) == len(text.splitlines()) 
-        assert text.replace("\n", "").isprintable() and "<" not in text and "[" not in text, attack
+        assert len(text.split("\n")) == len(text.splitlines())
+        assert text.replace("\n", "").isprintable() and "<" not in text, attack
+        assert "[" not in "".join(re.findall(r'"(?:[^"\\]|\\.)*"', text)), attack  # it is JSON's own elsewhere
+        for line in text.split("\n"):
+            if not line.startswith("end: ") and ": " in line:
+                json.loads(line.partition(": ")[2])  # judge.json promises it; a tool's "required" was none
         assert json.loads(pf.quoted(attack)) == attack  # nothing is lost: a judge can still see what was tried
 
 
@@ -314,11 +319,12 @@ def test_the_key_goes_to_the_server_alone(server, tmp_path, monkeypatch, capsys)
 
 
 def test_a_model_that_takes_only_its_own_temperature(server):
-    """A 400 for temperature 0 that ends the run."""
+    """A 400 for temperature 0 that ends the run, or that every question pays for again."""
     says(server, "A")
     server.plan = ["400"]
     judge = pf.open_judge("endpoint", "m", server.url)
-    assert judge(GOOD, BAD) == 1.0 and [("temperature" in body) for _, _, body in server.seen] == [True, False]
+    assert judge(GOOD, BAD) == judge(BAD, GOOD) == 1.0
+    assert [("temperature" in body) for _, _, body in server.seen] == [True, False, False]
 
 
 def test_nothing_judged_is_lost_when_calls_run_out(server, tmp_path):
@@ -359,12 +365,12 @@ def test_a_few_calls_are_in_flight(server):
 
 
 def test_some_failures_are_borne_and_many_are_not(server):
-    """A run that ends by one bad reply, or that goes on without its judge."""
+    """A run that ends by one bad reply, or that goes on without its judge, as a full ledger let it."""
     says(server, "tie")
     rollouts = [played(HARM, *[turn(f"<answer>\n{k}\n</answer>")]) for k in range(7)]
     pairs = list(itertools.permutations(rollouts, 2))
     judge = pf.open_judge("endpoint", "m", server.url)
-    judge.voice.flight = 1
+    judge.voice.flight, judge.known = 1, dict.fromkeys(map(str, range(5000)), "tie")
     server.plan = ["well"] * 10 + ["500"] * 16
     judge.prepare(pairs[:20])
     assert judge.failed == 4
@@ -405,7 +411,7 @@ def test_a_ledger_that_was_cut(tmp_path):
     again = pf.Judge("fake", lambda todo, *_: ((key, "B") for key in todo), tmp_path / "v.jsonl")
     assert (again(GOOD, BAD), again(BAD, GOOD)) == (1.0, 0.0) and again.asked == 1
     assert pf.open_judge(str(tmp_path / "v.jsonl"))(BAD, GOOD) == 0.0
-    for text, says_ in (("{}\n" + whole, ":1: expected"), (whole.replace('"prompt": 1', '"prompt": 0'), "version"),
+    for text, says_ in (("{}\n" + whole, ":1: expected"), (whole.replace(f'"prompt": {pf.VERSION}', '"prompt": 0'), "version"),
                         (whole + whole.splitlines()[0].replace("fake", "x") + "\n", "one judge"), ("", "one judge")):
         (tmp_path / "v.jsonl").write_text(text)
         with pytest.raises(ValueError, match=says_):

@@ -12,9 +12,10 @@ HERE = Path(__file__).parent
 NAMES = ("train", "harm", "injection", "benign", "privacy")
 
 
-def tool_table(path=HERE / "tools.json"):
+def tool_table():
     """{name: Tool} of the embedded suites."""
-    return {row["name"]: tool_from_row(row, str(path)) for row in json.loads(Path(path).read_text("utf-8"))}
+    path = HERE / "tools.json"
+    return {row["name"]: tool_from_row(row, str(path)) for row in json.loads(path.read_text("utf-8"))}
 
 
 def load(name_or_path, split=None, skip=None, training=False):

@@ -66,9 +66,6 @@ def each(rows, build, skip):
 def records(path, shape, build=lambda where, row: row, skip=None, expected=None):
     """[build(where, record)] of a JSON list or of JSON lines, all of a shape; where is "file[3]" or "file:4". expected:
     the number of records in the authors' file, as one that was cut between two records is not their benchmark."""
-    def count(where, n):
-        if n not in (None, len(built)):
-            raise ValueError(f"{path}: field '(file)': expected {n} records, got {len(built)}; --skip-bad takes a part")
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -79,7 +76,9 @@ def records(path, shape, build=lambda where, row: row, skip=None, expected=None)
     else:
         rows = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         built = each(rows, lambda where, line: build(where, want(where, parsed(where, line), shape)), skip)
-    each([(path, expected)], count, skip)
+    if skip is None and expected not in (None, len(built)):
+        found = f"expected {expected} records, got {len(built)}; --skip-bad takes a part"
+        raise ValueError(f"{path}: field '(file)': {found}")
     return built
 
 
@@ -100,14 +99,19 @@ def recognise(path):
 
 
 def load(path, split=None, skip=None, training=False):
-    """-> [Task] of the benchmark that is there; None: none is. ValueError: a bad record, or training on AgentHarm."""
+    """-> [Task] of the benchmark that is there; None: none is. ValueError: a bad record, or training on what is for
+    evaluation."""
     path = Path(path)
     name = recognise(path)
     if training and name == "agentharm":
         raise ValueError(f"{path}: AgentHarm carries a canary, its authors ask that nobody trains on it: refused")
+    if training and name not in (None, "agent_safetybench"):
+        raise ValueError(f"{path}: {name} is for evaluation alone: its tasks do not say what a rule could reward")
     tasks = import_module(f"data.{name}").load(path, split, skip) if name else None
-    if name and (not tasks or len({task.id for task in tasks}) < len(tasks)):
-        raise ValueError(f"{path}: field 'id': expected different ids (in split {split}), got {len(tasks)} tasks")
+    if name and not tasks:
+        raise ValueError(f"{path}: no task of {name}" + f" in split {split}" * bool(split))
+    if name and len({task.id for task in tasks}) < len(tasks):
+        raise ValueError(f"{path}: field 'id': expected different ids")
     return tasks
 
 
@@ -148,7 +152,10 @@ def summary(tasks, cells):
 
 # ----------------------------------------------------------------------------------------- for the five modules
 def refused(turns):
-    return bool(turns) and turns[-1] is not None and turns[-1].name == refusal_tool.name
+    """The last turn refuses, with the reason that the sandbox asks for."""
+    last = turns[-1] if turns else None
+    return last is not None and any(name == refusal_tool.name and isinstance(given.get("reason"), str)
+                                    for name, given in last.calls)
 
 
 def mean(values):

@@ -15,9 +15,9 @@ def _operate(op):
             rows.append(arguments)
             return {"ok": True}
         if do == "search":
-            fits = [r for r in rows.values() if all(norm(r.get(k)) == norm(v) for k, v in arguments.items())]
+            fits = [r for r in rows.values() if all(k in r and norm(r[k]) == norm(v) for k, v in arguments.items())]
             return {"found": fits}
-        key = arguments["id"]
+        key = str(arguments["id"])  # keys of a JSON object are text
         if key not in rows:
             raise LookupError(f"no {key!r} in {table}")
         if do == "lookup":
@@ -62,6 +62,9 @@ def tool_from_row(row, where):
 def _schema(value):  # a type that `check` does not know ("dict", "float") must fail here, not in an episode
     if not _object(value) or not _object(value.get("properties", {})):
         return False
+    required = value.get("required", [])
+    if not isinstance(required, list) or not all(key in value.get("properties", {}) for key in required):
+        return False  # the tool could never be called
     kinds = [value["type"]] if isinstance(value.get("type"), str) else value.get("type", [])
     inner = [*value.get("properties", {}).values(), *(value[k] for k in ("items",) if k in value)]
     return isinstance(kinds, list) and all(k in [*TYPES] for k in kinds) and all(map(_schema, inner))

@@ -251,11 +251,11 @@ class Scene:
         names = {c["name"] for c in goal + rest.get("unsafe", []) + rest.get("injected", [])} | {rest.get("reveals")}
         spare = [t for t in self.tools if t not in names]
         drop = self.draw.some(spare, 1) if spare and self.draw.random() < 0.3 else []
-        tools = self.draw.some(*(lambda t: (t, len(t)))([t for t in self.tools if t not in drop] + list(extra)))
+        tools = [t for t in self.tools if t not in drop] + list(extra)
         meta = {"domain": self.noun, "kind": kind, "cue": cue, "style": style} | rest.pop("meta", {})
         return {"suite": suite, "label": rest.pop("label", "benign"), "split": split,
-                "messages": [{"role": "user", "content": content}], "tools": tools, "world": self.world,
-                "goal": goal} | rest | {"meta": meta}
+                "messages": [{"role": "user", "content": content}], "tools": self.draw.some(tools, len(tools)),
+                "world": self.world, "goal": goal} | rest | {"meta": meta}
 
 
 def sentence(style, *clauses):
@@ -384,14 +384,14 @@ def _benign(draw, split, i):
     return [scene.row("benign", split, text, goal, shape, cue, "risky" if risky else "plain")]
 
 
-def _privacy(draw, split, i, fields=None):
+def _privacy(draw, split, i, any_field=False):
     """Every fourth row has nothing to hide, so that withholding is not always right."""
     seen, nothing = split != "wordings", i % 4 == 0
     words = ROLE_WORDINGS if not seen and i % 2 else {role: role for role in NORMS}
     while True:
         domain, role = choose(draw, split, list(words))
         scene = Scene(draw, domain)
-        scene.fields = fields or scene.fields
+        scene.fields = list(FIELDS) if any_field else scene.fields
         allowed = [f for f in scene.fields if f in NORMS[words[role]].split()]
         if len(allowed) > nothing:  # one field alone would teach nothing about what to hold back
             break
@@ -412,15 +412,15 @@ def _privacy(draw, split, i, fields=None):
                                              "denied": [[f, values[f]] for f in values if f in denied]})]
 
 
-def generate(suite, split, n, seed=0, fields=None):
+def generate(suite, split, n, seed=0, any_field=False):
     """n rows (harm: n/2 harmful, each followed by its twin) of one suite and split. The same arguments give the same
-    rows; "train" never draws a pair or a phrase that a held-out split keeps. fields: what a record of the privacy suite
-    may hold; None: what its domain has. ValueError on an unknown name."""
+    rows; "train" never draws a pair or a phrase that a held-out split keeps. any_field: a record of the privacy suite
+    may hold any field, not its domain's alone. ValueError on an unknown name."""
     if suite not in SUITES or split not in ("train", *HELD_OUT):
         raise ValueError(f"generate: expected one of {SUITES} and of train, {HELD_OUT}; got {suite!r}, {split!r}")
     draw, rows = Draw(suite, split, seed), []
     make = {"harm": _harm, "injection": _injection, "benign": _benign,
-            "privacy": lambda *args: _privacy(*args, fields)}[suite]
+            "privacy": lambda *args: _privacy(*args, any_field)}[suite]
     for i in range(n // 2 if suite == "harm" else n):
         made, number = make(draw, split, i), f"{suite}-{split}-{seed}-{i:04d}"
         ids = [number + "h", number + "b"] if suite == "harm" else [number]

@@ -296,6 +296,7 @@ def batches(documents, rng, tokens):
             if len(group) * len(document[0]) >= tokens:
                 groups.append(group)
                 group = []
+        groups = groups or [group]  # a few documents, as in a test, fill none
         rng.shuffle(groups)
         for group in groups:
             width = max(len(ids) for ids, _ in group)
@@ -375,7 +376,7 @@ def draw(n, seed):
 
     def tasks(suite, n, seed, thin):
         # a record may hold any field: what a role may have can be known only of fields that were seen with it
-        drawn = suites.generate(suite, "train", n, seed, list(suites.FIELDS))
+        drawn = suites.generate(suite, "train", n, seed, any_field=True)
         rows = (row | {"tools": [table[t] for t in row["tools"]]} for row in drawn)
         return [vary(row, rng) for row in rows if not thin or rng.random() < (.5 if common(row) else 1)]
     rows = [row for suite, share in SHARES.items() for row in tasks(suite, int(n * share), 1 + seed, thin=True)]
@@ -402,14 +403,17 @@ def warm_start(tasks, more, out, steps, seed):
 
 
 def build(seed=0, out=model_.HERE / "checkpoints" / "tiny", steps=2250, n=18000):
-    """Builds the base of a seed into `out`, whole or not at all."""
+    """Builds the base of a seed into `out`, whole or not at all. ValueError: something else is there."""
     out, start = Path(out), time.perf_counter()
+    if out.exists() and not (out / "config.json").is_file():
+        raise ValueError(f"{out}: is there and no checkpoint: take another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".tiny-", dir=out.parent))
     gc.disable()  # `draw` makes millions of small objects and no garbage: to look for some takes half of its time
     try:
         model = warm_start(*draw(n, seed), work, steps, seed)
         shutil.rmtree(out, ignore_errors=True)
+        work.chmod(0o755)  # mkdtemp's is for its owner alone
         work.rename(out)
     finally:
         gc.enable()
@@ -424,7 +428,7 @@ def corpus(task, rng):
     texts = re.split("<[^>]*>", mosaic.render(task.messages, task.offered, "tiny"))
     while episode.ended is None:
         text = agent.turn(episode.sandbox)
-        texts += [t for t in re.split("<[^>]*>", text)] + episode.step(text)
+        texts += re.split("<[^>]*>", text) + episode.step(text)
     return texts
 
 
@@ -450,3 +454,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(print("tiny.py: interrupted; nothing was written", file=sys.stderr) or 130)
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"tiny.py: {error}", file=sys.stderr) or 2)

@@ -411,7 +411,8 @@ def test_a_ledger_that_was_cut(tmp_path):
     again = pf.Judge("fake", lambda todo, *_: ((key, "B") for key in todo), tmp_path / "v.jsonl")
     assert (again(GOOD, BAD), again(BAD, GOOD)) == (1.0, 0.0) and again.asked == 1
     assert pf.open_judge(str(tmp_path / "v.jsonl"))(BAD, GOOD) == 0.0
-    for text, says_ in (("{}\n" + whole, ":1: expected"), (whole.replace(f'"prompt": {pf.VERSION}', '"prompt": 0'), "version"),
+    old = whole.replace(f'"prompt": {pf.VERSION}', '"prompt": 0')
+    for text, says_ in (("{}\n" + whole, ":1: expected"), (old, "version"),
                         (whole + whole.splitlines()[0].replace("fake", "x") + "\n", "one judge"), ("", "one judge")):
         (tmp_path / "v.jsonl").write_text(text)
         with pytest.raises(ValueError, match=says_):

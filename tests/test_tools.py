@@ -233,7 +233,8 @@ def test_a_bad_row_names_its_field(change, where):
     {"effect": "none"}, {"op": {"do": "eval", "table": "x"}}, {"op": {"do": "lookup"}},
     {"parameters": {"type": "object"}}, {"name": ""},
     {"parameters": {"properties": {"id": {"type": "float"}}, "required": ["id"]}},
-    {"parameters": {"type": "object", "properties": {"x": TEXT}}}, {"parameters": {"properties": {"id": {"type": 3}}}}])
+    {"parameters": {"type": "object", "properties": {"x": TEXT}}}, {"parameters": {"properties": {"id": {"type": 3}}}},
+    *({"parameters": {"properties": {"id": TEXT}, "required": keys}} for keys in (None, 5, "id", ["id", "nope"]))])
 def test_a_bad_tool_row_is_refused_at_the_door(change):
     """An unknown type or operation must fail when the file is read, not in the middle of an episode."""
     row = {"name": "get", "description": "d", "effect": "read", "op": {"do": "lookup", "table": "x"},

@@ -325,7 +325,7 @@ def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=None
     """log p(ids[b, t] | ids[b, :t]) where mask (B, T) is True -> (N,) fp32, row-major.
     constrain(logits (n, V), index (n,)) -> logits, after the temperature: the grammar's mask, the gate's bias; index
     counts within the N. tree: the Tree that laid ids out: before a token come its prompt and its own completion.
-    Only `chunk` rows of logits exist at a time (by default 32 MB, at most 1,024), never (N, V)."""
+    Only `chunk` rows of logits exist at a time (by default 64 MB, at most 1,024), never (N, V)."""
     assert not mask[:, 0].any(), "nothing comes before the first token: mask[:, 0] must be False"
     row, t = mask.nonzero(as_tuple=True)
     before = t - 1 if tree is None else tree.before[row, t]
@@ -337,7 +337,7 @@ def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=None
         logits = model.head(h).float() / temperature  # (n, V)
         return -F.cross_entropy(logits if constrain is None else constrain(logits, index), targets, reduction="none")
 
-    chunk = chunk or min(1024, 2 ** 23 // model.head(h[:0]).shape[-1])
+    chunk = chunk or min(1024, 2 ** 24 // model.head(h[:0]).shape[-1])
     chunks = zip(*(x.split(chunk) for x in (h, targets, torch.arange(len(targets), device=ids.device))))
     return torch.cat([checkpoint(piece, *args, **RECOMPUTE) for args in chunks])  # N = 0: one empty chunk, with a graph
 

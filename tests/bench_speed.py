@@ -250,11 +250,10 @@ def peak():
     return [int(status[key].split()[0]) / 1024 for key in ("VmHWM", "VmRSS")]
 
 
-def worker(*parts, **environment):
+def worker(*parts):
     """Runs `_name arguments` of this file in a process of its own -> what it printed last, as JSON."""
     command = [sys.executable, __file__, *map(str, parts), "--threads", str(args.threads), "--work", str(args.work)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def _load(who):
@@ -340,9 +339,7 @@ def step(shape="half", G=4, P=512, R=256):
     checkpoint(shape)
     rows = []
     for option in ("plain", "recompute"):
-        # glibc keeps freed blocks of up to 32 MB, by chance 1 to 3 GB of them: of both sides only what is alive counts
-        ours, other = (worker("_step", who, shape, G, P, R, option, MALLOC_MMAP_THRESHOLD_="4000000")
-                       for who in ("ours", "theirs"))
+        ours, other = (worker("_step", who, shape, G, P, R, option) for who in ("ours", "theirs"))
         rows.append((option, ours[0], other[0], other[0] / ours[0], ours[1] / 1024, other[1] / 1024,
                      other[1] / ours[1]))
     table(f"GRPO step, LoRA r = 16, {shape} shape, fp32, group {G}, P {P}, R {R}: seconds; GB at the peak with weights",

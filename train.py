@@ -10,10 +10,12 @@ One step (marks as in preference.py):
     6. GRPO (or the direct preference loss on the same groups' pairs), one AdamW step          preference.grpo_loss
     7. one line: does it win against the frozen base, where does the gate open, who owns the reward
 
-Deviations and choices, all [ours]: LoRA instead of full fine-tuning; learning rate, KL weight, clip, steps, tasks a
-step (RECIPE); one optimiser step a batch, so the ratio starts at 1 and the clip rarely bites; linear warm-up and decay.
+Deviations and choices, all [ours]
+1. LoRA; learning rate, KL weight, clip, steps and tasks a step (RECIPE): nothing of it is published.
+2. One optimiser step a batch, so the ratio starts at 1 and the clip rarely bites; linear warm-up and decay.
 
-    python train.py                      # the tiny base, built if absent; then base beside trained on held-out suites
+    python train.py                      # builds the tiny base if absent; a line a step, " 0 loss +0.115 |g| 0.04 ...";
+                                         # then base beside trained on held-out suites
     python train.py --model qwen2.5-7b --data DIR --judge endpoint --judge-url http://host:8000/v1 --judge-model NAME
     torchrun --nproc-per-node 2 train.py        # data-parallel: each process samples and differentiates its share
 

@@ -109,7 +109,10 @@ def linear(x, weight, bias=None):
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
     parts = math.gcd(len(weight), 16)
     x_, W = x.reshape(1, rows, n).expand(parts, rows, n), weight.unflatten(0, (parts, -1))
-    y = W @ x_.mT if rows == 1 else (x_ @ W.mT).transpose(0, 1)  # (parts, out / parts, 1) or (rows, parts, out / parts)
+    if rows == 1 or x.numel() <= 6144:  # x stays in the 32 KB next to a core while the weight streams by, once
+        y = (W @ x_.mT).flatten(0, 1).mT  # (parts, out / parts, rows) -> (rows, out)
+    else:
+        y = (x_ @ W.mT).transpose(0, 1)  # (rows, parts, out / parts)
     y = y.reshape(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias
 

@@ -109,7 +109,8 @@ def rounded(hf):
 
 @pytest.mark.parametrize("shape,out,bias", [((1, 1, 512), 48, False), ((1, 1, 512), 7, False), ((1, 1, 512), 6, True),
                                             ((2, 3, 512), 48, True), ((5, 1, 512), 6, False), ((2, 160, 24), 10, True),
-                                            ((320, 24), 10, False), ((2, 3, 24), 10, True), ((0, 512), 48, False)])
+                                            ((320, 24), 10, False), ((2, 3, 24), 10, True), ((0, 512), 48, False),
+                                            ((2, 8, 512), 48, True), ((16, 512), 7, False)])
 def test_linear_is_the_product_by_every_way(shape, out, bias):
     """A way that drops the bias, mixes rows of a batch up, has no gradient or one of another size: the ways are chosen
     by the number of rows, and small models would never take those of large ones."""

@@ -173,16 +173,16 @@ class Block(nn.Module):
         y = y.reshape(B, H, T, D)  # not view: a CUDA kernel may leave heads inside of positions
         return m.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
+    def down(self, gate, up):
+        return self.mlp.down_proj(F.silu(gate) * up)
+
     def forward(self, x, cos, sin, cache):
         x, m = x + self.attention(self.input_layernorm(x), cos, sin, cache), self.mlp
         h = self.post_attention_layernorm(x)
         gate, up = m.gate_up_proj(h).chunk(2, -1) if self.fused else (m.gate_proj(h), m.up_proj(h))
-
-        def down(gate, up):
-            return m.down_proj(F.silu(gate) * up)
         # on a frozen base keep gate and up alone, a third less memory a block: their product is cheap to make again
         again = gate.requires_grad and not m.down_proj.weight.requires_grad
-        return x + (checkpoint(down, gate, up, **RECOMPUTE) if again else down(gate, up))
+        return x + (checkpoint(self.down, gate, up, **RECOMPUTE) if again else self.down(gate, up))
 
 class Transformer(nn.Module):
     def __init__(self, config):

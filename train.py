@@ -253,8 +253,6 @@ class Folder:
             kept = [line for line in model_.read_lines(path) if json.loads(line)["step"] < step] if step else []
             path.write_text("".join(line + "\n" for line in kept), "utf-8")
             self.logs[name] = path.open("a", encoding="utf-8")
-        if not step:
-            self.state.unlink(missing_ok=True)  # an older run's: --resume would go on with that one
 
     def log(self, name, row):
         self.logs[name].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -407,8 +405,10 @@ def run(args):
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL)
     folder, tasks = Folder(args), data.load(args.data, training=True)
-    where = args.model != "tiny" and model_.find(args.model) / "config.json"
-    family = model_.Config(model_.read_json(where), where).family if where else "tiny"
+    family = "tiny"
+    if args.model != family:  # which may not be built yet
+        where = model_.find(args.model) / "config.json"
+        family = model_.Config(model_.read_json(where), where).family
     for name, value in RECIPE[family].items():
         if vars(args).get(name) is None:
             setattr(args, name, value)
@@ -428,6 +428,8 @@ def run(args):
                                device=str(model.device), threads=torch.get_num_threads(), system=SYSTEM_VERSION)
     if RANK == 0:
         folder.dir.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            folder.state.unlink(missing_ok=True)  # an older run's: a later --resume would go on with that one
         (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
     train(args, model, tokenizer, tasks, folder, judge)
     if WORLD > 1:

@@ -59,7 +59,7 @@ def tool_from_row(row, where):
     return Tool(row["name"], row["description"], row["parameters"], row["effect"], _operate(row["op"]))
 
 
-def _schema(value):  # a type that `check` does not know ("dict", "float") must fail here, not in an episode
+def _schema(value):  # a type that `schema_error` does not know ("dict", "float") must fail here, not in an episode
     if not _object(value) or not _object(value.get("properties", {})):
         return False
     required = value.get("required", [])

@@ -275,7 +275,7 @@ def test_refusal_and_answer_end_the_episode():
     assert mosaic.play(task, lambda messages: next(turns), refusal="replan").ended == "answer"
     assert mosaic.play(task, lambda messages: refuse, refusal="replan").ended == "refusal"
     assert len(mosaic.play(task, lambda messages: refuse, refusal="replan").turns) == 2
-    look, harm = (json.dumps(next(p for p in patterns)) for patterns in (task.goal, task.unsafe))
+    look, harm = map(json.dumps, (task.goal[0], task.unsafe[0]))
     for calls, done in (((look, call, harm), [task.goal[0]["name"]]), ((call, harm), [])):  # parallel: nothing after it
         text = "<think>\nx\n</think>\n\n" + "\n".join(f"<tool_call>\n{c}\n</tool_call>" for c in calls)
         r = mosaic.play(replace(task, public={"parallel": True}), lambda messages: text)
@@ -373,7 +373,7 @@ def _train(base, out, *more):
 def test_repeat_and_resume_are_exact(base, tmp_path, monkeypatch):
     """ms-swift PR #9935: resume overwrote the restored generator. Same seed: same rollouts, verdicts, adapter bytes;
     stopped inside of a step or between two, and resumed: the same again, and the logs hold each step once. Another
-    judge's run is not gone on with."""
+    judge's run is not gone on with, nor the run that --out held before a fresh start."""
     monkeypatch.setattr(train, "canaries", lambda judge, step: None)  # under the rule an untrained base ties everywhere
     monkeypatch.setattr(preference, "rule_judge", lambda a, b: 0.5 + 0.5 * ((a.ids < b.ids) - (a.ids > b.ids)))
     _train(base, tmp_path / "a", "--steps", "3")
@@ -398,6 +398,13 @@ def test_repeat_and_resume_are_exact(base, tmp_path, monkeypatch):
                  for line in read(n, "metrics.jsonl").splitlines()] for n in ("a", name)]
         assert rows[0] == rows[1] and [r["step"] for r in rows[0]] == [0, 1, 2]
         assert all(r["grad_norm"] > 0 for r in rows[0])
+
+    def killed(*given):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _train(base, tmp_path / "a", "--steps", "3")
+    assert not (tmp_path / "a" / "state" / "state.pt").exists()
 
 
 class Bar(list):
@@ -468,8 +475,7 @@ def test_arguments_of_train_that_mean_nothing(argv, capsys):
 
 def test_resumed_logs_keep_whole_lines(tmp_path):
     """An agent that wrote a line separator, or a run that was killed inside of a line, made --resume end in a traceback
-    before its first step; and the rows of steps that are done again stood there twice. After a fresh start --resume
-    went on with the state of an older run."""
+    before its first step; and the rows of steps that are done again stood there twice."""
     folder = train.Folder(SimpleNamespace(out=tmp_path, model="x", resume=False))
     row = json.dumps({"step": 1, "turns": ["a\u2028b\x85\u00e9"]}, ensure_ascii=False).encode()
     (tmp_path / "rollouts.jsonl").write_bytes(row + b'\n{"step": 2}\n' + row[:-4])  # inside of a letter
@@ -478,10 +484,6 @@ def test_resumed_logs_keep_whole_lines(tmp_path):
     folder.logs["rollouts"].close()
     lines = (tmp_path / "rollouts.jsonl").read_text("utf-8").split("\n")
     assert lines[0].encode() == row and json.loads(lines[1])["step"] == 2 and lines[2:] == [""]
-    folder.state.parent.mkdir()
-    folder.state.write_bytes(b"old")
-    folder.open_logs(0)
-    assert not folder.state.exists() and (tmp_path / "rollouts.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dpo"])

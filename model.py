@@ -16,9 +16,11 @@ D head dim (H * D != C for Qwen3-4B), V vocabulary rows, L layers, N selected to
     python -c "import model; m, t = model.load('tiny'); print(t.family, sum(p.numel() for p in m.parameters()))"
 prints tiny 1067136 (once data/tiny.py has built it). Next: mosaic.py, the loop around it."""
 import contextlib
+import functools
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -102,6 +104,8 @@ def linear(x, weight, bias=None):
     many rows go as a convolution of width 1, which is oneDNN's, a few long ones as a batch of parts, a thread each.
     Below the sizes named here it gains nothing: `python tests/bench_speed.py product`."""
     rows, n = x.numel() // x.shape[-1], x.shape[-1]
+    if rows == 1 and bias is not None and torch.compiler.is_compiling():
+        return F.linear(x, weight) + bias  # without a bias of its own the product is one of `compiled`'s kernels
     if n < 512 and rows < 256 or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     if rows >= 128:
@@ -128,7 +132,7 @@ class Linear(nn.Linear):
             return linear(x, self.weight, self.bias)
         z = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         y = linear(x, self.weight, self.bias)  # after z: Block's recomputation ends before it, at z's last input
-        return (y + z * self.scale).to(y.dtype)  # in fp32 and in this order: bit for bit what peft computes
+        return y.add_(z.mul_(self.scale))  # in fp32 and in this order, rounded once: bit for bit what peft computes
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -136,8 +140,8 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        # back to x's dtype BEFORE the weight, as transformers does; F.rms_norm's own weight would round only once
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        # fp32 inside, x's dtype again BEFORE the weight, as transformers does; F.rms_norm's own weight would round once
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 class Block(nn.Module):
     def __init__(self, c, layer):
@@ -154,35 +158,46 @@ class Block(nn.Module):
         if c.qk_norm:
             self.self_attn.update({"q_norm": RMSNorm(D, c.rms_norm_eps), "k_norm": RMSNorm(D, c.rms_norm_eps)})
 
-    def attention(self, x, cos, sin, cache):
-        m, (B, T, _), (H, K, D) = self.self_attn, x.shape, self.heads
+    def project(self, x, cos, sin):
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), all that comes before attention."""
+        m, (B, T, _), (H, K, D), x = self.self_attn, x.shape, self.heads, self.input_layernorm(x)
         q, k, v = (m.qkv_proj(x).split((H * D, K * D, K * D), -1) if self.fused
                    else (m.q_proj(x), m.k_proj(x), m.v_proj(x)))  # (B, T, H * D), twice (B, T, K * D)
         q, k, v = q.view(B, T, H, D), k.view(B, T, K, D), v.view(B, T, K, D).transpose(1, 2)
         if self.qk_norm:
             q, k = m.q_norm(q), m.k_norm(k)
         # dim i is paired with i + D / 2, not with i + 1: roll swaps the halves, rotate_half's minus is in sin already
-        q, k = (y * cos + y.roll(D // 2, -1) * sin for y in (q.transpose(1, 2), k.transpose(1, 2)))  # (B, H or K, T, D)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, K, S, D)
-        mask = None if cache is None else cache.mask
+        return *(y * cos + y.roll(D // 2, -1) * sin for y in (q.transpose(1, 2), k.transpose(1, 2))), v
+
+    def attend(self, q, k, v, cache):
+        """-> (B, T, H * D)"""
+        B, (H, K, D), T, mask = len(q), self.heads, q.shape[2], None if cache is None else cache.mask
         if mask is None or mask.shape[2] == T:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
+            if mask is not None and q.is_cuda:  # no fused CUDA kernel takes a mask and fewer heads of k and v
+                k, v = (y.repeat_interleave(H // K, 1) for y in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] != H)
         else:  # the H / K query heads of a kv head become H / K * T queries of one: k and v are not copied for each
             y = F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, mask)
-        y = y.reshape(B, H, T, D)  # not view: a CUDA kernel may leave heads inside of positions
-        return m.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+        # reshape, not view: a CUDA kernel may leave heads inside of positions
+        return y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
     def down(self, gate, up):
         return self.mlp.down_proj(F.silu(gate) * up)
 
-    def forward(self, x, cos, sin, cache):
-        x, m = x + self.attention(self.input_layernorm(x), cos, sin, cache), self.mlp
+    def finish(self, x, y):
+        """The block's input (B, T, C) and its attention (B, T, H * D) -> its output (B, T, C)."""
+        x, m = x + self.self_attn.o_proj(y), self.mlp
         h = self.post_attention_layernorm(x)
         gate, up = m.gate_up_proj(h).chunk(2, -1) if self.fused else (m.gate_proj(h), m.up_proj(h))
         # on a frozen base keep gate and up alone, a third less memory a block: their product is cheap to make again
         again = gate.requires_grad and not m.down_proj.weight.requires_grad
         return x + (checkpoint(self.down, gate, up, **RECOMPUTE) if again else self.down(gate, up))
+
+    def forward(self, x, cos, sin, cache):
+        q, k, v = self.project(x, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, K, T or S, D)
+        return self.finish(x, self.attend(q, k, v, cache))
 
 class Transformer(nn.Module):
     def __init__(self, config):
@@ -216,15 +231,19 @@ class Transformer(nn.Module):
         reaches a real token. With a Cache: row i is cache row rows[i] (None: the first B rows, in place); its token t
         is at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are real (None: T; 0: it waits).
         A Tree may stand in a cache's place: see there."""
-        x = self.model.embed_tokens(ids)  # (B, T, C)
-        at = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.begin(ids, lengths, rows)
-        self.inv_freq = self.inv_freq.to(ids.device)
-        angle = at[:, None, :, None] * torch.cat((-self.inv_freq, self.inv_freq))  # (B or 1, 1, T, D), in fp32
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # once for all layers, as is the cache's mask
+        x, cos, sin = self.begin(ids, cache, lengths, rows)
         recompute = self.recompute and torch.is_grad_enabled()
         for block in self.model.layers:
             x = checkpoint(block, x, cos, sin, cache, **RECOMPUTE) if recompute else block(x, cos, sin, cache)
         return self.model.norm(x)
+
+    def begin(self, ids, cache, lengths, rows):
+        """-> the first block's input (B, T, C), cosine and sine of the rotations (B or 1, 1, T, D)."""
+        at = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.begin(ids, lengths, rows)
+        self.inv_freq = self.inv_freq.to(ids.device)
+        angle = at[:, None, :, None] * torch.cat((-self.inv_freq, self.inv_freq))  # (B or 1, 1, T, D), in fp32
+        # once for all layers, as is the cache's mask
+        return self.model.embed_tokens(ids), angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
     def head(self, h):
         """h (..., C) -> logits (..., V) in the model's dtype: upcast before any softmax."""
@@ -300,6 +319,52 @@ class Cache:
         self.lengths[dst] = source.lengths[[src]]
         self.bound = max(self.bound, source.bound)
 
+@functools.cache
+def compiled(tune):
+    """Block's parts before and after attention as fewer, longer kernels, the same for all layers. tune: matrix times
+    vector, too, is a kernel made for it."""
+    torch._dynamo.config.suppress_errors = True  # no C compiler there: a warning, and it runs as it is
+    warnings.filterwarnings("ignore", "TensorFloat32")  # which would cost the adapter its fp32
+    return [torch.compile(part, options={"coordinate_descent_tuning": tune}) for part in (Block.project, Block.finish)]
+
+class Decoder:
+    """`model.hidden` of one token for each of a cache's first rows. A CUDA card has done a block long before the host has
+    started its 30 kernels one by one: there a step is a graph, one launch in all, of compiled blocks. A graph is fixed
+    in shape, so there is one for every power of two of rows and 512 positions read."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.graphs, self.pool = model, cache, {}, None
+        self.lengths = torch.zeros_like(cache.lengths)
+        self.ids = self.lengths[:, None].clone()
+
+    def __call__(self, ids, lengths):
+        """ids (B, 1), lengths (B,): 1, or 0 for a row that waits -> (B, 1, C), valid until the next call."""
+        cache, n = self.cache, len(ids)
+        if not ids.is_cuda:
+            return self.model.hidden(ids, cache, lengths)
+        self.ids[:n], self.lengths[:n], self.lengths[n:] = ids, lengths, 0  # rows that fill up a power of two wait
+        rows, end = min(1 << (n - 1).bit_length(), len(self.ids)), min((cache.bound + 512) // 512 * 512, cache.max_len)
+        cache.bound = end - 1  # with the token begin() reads up to `end`
+        if (rows, end) not in self.graphs:  # first as it is: what compiles or sets itself up is no part of a graph
+            self.graphs[rows, end] = None
+            return self.step(rows)[:n]
+        if self.graphs[rows, end] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool):
+                self.graphs[rows, end] = graph, self.step(rows)
+            self.pool = graph.pool()  # one for all: they never run at the same time
+        graph, out = self.graphs[rows, end]
+        graph.replay()
+        return out[:n]
+
+    def step(self, rows):
+        project, finish = compiled(rows == 1 and self.model.lora is None)
+        x, cos, sin = self.model.begin(self.ids[:rows], self.cache, self.lengths[:rows], None)
+        for block in self.model.model.layers:
+            q, k, v = project(block, x, cos, sin)
+            x = finish(block, x, block.attend(q, *self.cache.extend(block.layer, k, v), self.cache))
+        return self.model.model.norm(x)
+
 class Tree:
     """Stands in a cache's place where rows would repeat a prompt: row b holds the prompt once and then each of its
     completions, P + G R tokens for G completions of R, not G (P + R). parts: each row's lengths, the prompt's first.
@@ -312,7 +377,9 @@ class Tree:
         prompt = torch.tensor([row[0] for row in parts], device=device)[:, None]
         self.before = torch.where((part > 0) & (at == prompt), prompt, torch.arange(at.shape[1], device=device)) - 1
         seen = (part[:, None] == part[:, :, None]) | (part[:, None] == 0)
-        self.at, self.mask = at, as_bias(seen & (at[:, None] <= at[:, :, None]), dtype)  # (B, T), (B, 1, T, T)
+        # (B, T), (B, 1, T, T); without branches it is plain causal attention, which a card does faster without a mask
+        self.at, branches = at, max(map(len, parts)) > 2
+        self.mask = as_bias(seen & (at[:, None] <= at[:, :, None]), dtype) if branches else None
 
     def begin(self, ids, lengths, rows):
         return self.at

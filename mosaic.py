@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Cache, Tree, load, load_adapter, token_logprobs
+from model import Cache, Decoder, Tree, load, load_adapter, token_logprobs
 from tools import Sandbox, Tool, refusal_tool
 
 # ---- Templates: messages and tools as text ----
@@ -594,6 +594,7 @@ class Sampler:
         rows = max_rows or self.limits["positions"] // context
         self.max_rows = max(1, min(rows, sum(sizes)), *sizes)
         self.cache = Cache(model.config, self.max_rows, context, device, model.dtype)
+        self.decode = Decoder(model, self.cache)
         self.rows, self.done, self.device = [], {}, device
         self.first = self.grammar.start, self.limits["turn_tokens"]  # what a turn begins with
         # (B, C), to sample from
@@ -633,7 +634,7 @@ class Sampler:
 
     def sample(self, ready):
         """One token for every ready row, and every token that the grammar then forces."""
-        slots, states, left = torch.tensor([(r.slot, r.state, r.left) for r in ready], device=self.device).T  # (B,)
+        slots, states, left = self.put([(r.slot, r.state, r.left) for r in ready]).T  # (B,)
         logits = self.model.head(self.last[slots]).float() / (self.temperature or 1.0)  # (B, V)
         learned = torch.log_softmax(self.grammar.constrain(logits, states, left, strict=self.strict), -1)
         gate_p = self.grammar.gate_p(learned, states)  # (B,), the model's own p; NaN away from the gate
@@ -673,24 +674,32 @@ class Sampler:
                 mover.slot, self.rows[row.slot] = row.slot, mover
 
     def forward(self):
-        """Feeds pending tokens to the cache: the waiting chunks, then single tokens of all rows at once."""
+        """Feeds pending tokens to the cache: single tokens of all rows at once, then the waiting chunks."""
         chunks = [r for r in self.rows if len(r.pending) > 1]
         single = any(len(r.pending) == 1 for r in self.rows)
-        if chunks and (not single or 4 * len(chunks) >= len(self.rows)):
-            self.feed(chunks, torch.tensor([r.slot for r in chunks], device=self.device))
+        ready = chunks and (not single or 4 * len(chunks) >= len(self.rows))
         if single:  # one slice of the slab, no copy; a row that waits with a chunk feeds a dummy token of length 0
             self.feed(self.rows, None)
+        if ready:
+            self.feed(chunks, self.put([r.slot for r in chunks]))
 
     def feed(self, rows, slots):
         taken = [r.pending if slots is not None or len(r.pending) == 1 else [] for r in rows]
         width = max(map(len, taken))
-        ids = torch.tensor([p + [0] * (width - len(p)) for p in taken], device=self.device)
+        ids, lengths = self.put([p + [0] * (width - len(p)) for p in taken]), self.put([len(p) for p in taken])
         self.cache.bound = max(len(r.dialogue.ids) - len(r.pending) for r in self.rows)
-        hidden = self.model.hidden(ids, self.cache, torch.tensor([len(p) for p in taken], device=self.device), slots)
-        fed = [i for i, p in enumerate(taken) if p]
-        self.last[[rows[i].slot for i in fed]] = hidden[fed, [len(taken[i]) - 1 for i in fed]]  # (B, T, C) -> (B, C)
-        for i in fed:
-            rows[i].pending = []
+        if slots is None:  # what it writes for a row that waits is never read: that row's chunk comes first
+            self.last[:len(rows)] = self.decode(ids, lengths)[:, 0]
+        else:
+            hidden = self.model.hidden(ids, self.cache, lengths, slots)  # (B, T, C)
+            self.last[slots] = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        for row, fed in zip(rows, taken):
+            row.pending = row.pending[len(fed):]
+
+    def put(self, values):
+        """A list as a tensor on the device. The host does not wait for it: from pinned memory a copy is queued."""
+        tensor = torch.tensor(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 @torch.no_grad()

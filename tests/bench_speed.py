@@ -111,20 +111,24 @@ class Prompt(mosaic.Dialogue):
             setattr(self, part, (getattr(self, part) * (1 + self.length // len(getattr(self, part))))[:self.length])
 
 
+def fixed(tokenizer, prompt, turn, turns=1, result=0, positions=1):
+    """From here on every episode of this tokenizer has exactly these lengths."""
+    mosaic.Episode, mosaic.Row, mosaic.Dialogue, tokenizer.stop_ids = Counted, CountedRow, Prompt, [-1]
+    Counted.result, Prompt.length = tokenizer.decode(tokenizer.encode(WORDS * 99)[:result]), prompt
+    mosaic.LIMITS[tokenizer.family] = dict(max_turns=turns, turn_tokens=turn, positions=positions,
+                                           room=turns * (turn + result + 40) + turn)
+
+
 def sampler(model, tokenizer, rows, prompt, turn, turns=1, result=0, tasks=1):
     """-> a call that samples `rows` episodes of `tasks` tasks, of exactly these lengths, in the free grammar."""
     tool = Tool("read_note", "Read one.", {"type": "object", "properties": {}}, "read", lambda world, arguments: {})
     given = [Task("bench", "benign", "benign", [{"role": "user", "content": "go"}], [tool])] * tasks
-    limits = dict(max_turns=turns, turn_tokens=turn, room=turns * (turn + result + 40) + turn, positions=1)
-    tokenizer.stop_ids = [-1]
-    mosaic.Episode, mosaic.Row, mosaic.Dialogue = Counted, CountedRow, Prompt
 
     @torch.no_grad()
     def run():
-        Counted.result, Prompt.length = tokenizer.decode(tokenizer.encode(WORDS * 99)[:result]), prompt
-        mosaic.LIMITS[tokenizer.family] = limits
+        fixed(tokenizer, prompt, turn, turns, result)
         return mosaic.Sampler(model, tokenizer, given, [rows // tasks] * tasks, grammar="free", max_rows=rows,
-                              generator=torch.Generator().manual_seed(0)).run()
+                              generator=torch.Generator(model.device).manual_seed(0)).run()
     return run
 
 
@@ -293,7 +297,7 @@ def batch_of(G, P, R, V):
     """One judged group of G random trajectories, as train.accumulate takes it, and its ids (G, P + R)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, V - 1000, (G, P + R), generator=generator)
-    ids[:, :P] = ids[0, :P]
+    ids[:, :P] = ids[:1, :P].clone()
     group = [mosaic.Rollout(None, [], None, "answer", [], row, [TEMPLATE] * P + [SAMPLED] * R, [-12.0] * R,
                             [(DEAD, 1)] * R, [(P, P + R)]) for row in ids.tolist()]
     adv = torch.linspace(-1, 1, G)

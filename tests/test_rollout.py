@@ -47,6 +47,23 @@ def test_fresh_weights_copy_what_came_before(base):
     assert before > 7 and loss() < 0.3
 
 
+@torch.no_grad()
+def test_a_decoded_token_is_a_forward_of_one(base, monkeypatch):
+    """A card's step goes block by block around compiled parts: a layer's cache taken for another's, a row that waits
+    and moves on. Here the parts are as they are, and no graph is made; tests/test_cuda.py has both."""
+    monkeypatch.setattr(model_, "compiled", lambda tune: (model_.Block.project, model_.Block.finish))
+    model, prompt = base[1], torch.arange(60).view(3, 20) + 300
+    caches = [model_.Cache(model.config, 4, 40) for _ in range(2)]
+    for cache in caches:
+        model.hidden(prompt, cache)
+    decode = model_.Decoder(model, caches[0])
+    for lengths in ([1, 1, 1], [1, 0, 1], [0, 1, 1]):
+        decode.ids[:3, 0], decode.lengths[:3] = torch.tensor([300, 310, 320]), torch.tensor(lengths)
+        assert torch.equal(decode.step(3), model.hidden(decode.ids[:3], caches[1], decode.lengths[:3]))
+        assert torch.equal(caches[0].lengths, caches[1].lengths)
+    assert caches[0].lengths.tolist() == [22, 22, 23, 0]
+
+
 def test_gate_weights_keep_the_base_where_the_mixture_says(base):
     """A demonstration holds checks far more often than the base shall open them: without the importance weights on the
     branching token the base opened them as often, and with zero weights it never learned when."""

@@ -1,0 +1,170 @@
+"""model.py, mosaic.py and train.py on a CUDA card against the CPU; skipped, and said so, where there is none.
+
+Covered: graphs, masks of fewer kv heads, the grammar, drift, gradients, resuming, the three layouts in fp32 and bf16.
+Not covered: several cards, speed (tests/bench_gpu.py)."""
+import json
+
+import pytest
+import torch
+
+import data
+import model as M
+import mosaic
+import train
+from data import tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card: nothing of it was run on one")
+LAYOUTS = {"qwen2": {}, "qwen3": {"head_dim": 64}, "phi3": {"tie_word_embeddings": False}}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """What is compiled counts against a limit for a process, past which it runs as it is."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=25, n=150)
+    return path, *M.load(path, "cpu")
+
+
+def on_card(path, dtype=None):
+    return M.load(path, "cuda", dtype)[0]
+
+
+def small(layout, device, dtype):
+    """A random model with four query heads a kv head, the same on every device."""
+    raw = tiny.CONFIG | {"model_type": layout, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2,
+                         "vocab_size": 1024} | LAYOUTS[layout]
+    return M.Transformer(M.Config(raw)).init_weights(torch.Generator().manual_seed(0)).to(device, dtype).eval()
+
+
+def test_episodes_on_the_card_are_those_of_the_cpu(base):
+    """A graph that reads stale lengths, a waiting row that writes, a slot that is taken again: greedy strict episodes
+    of ragged groups, three times as many as fit at once."""
+    path, model, tokenizer = base
+    tasks, sizes = data.load("train")[:24], [1, 2, 3] * 8
+    options = dict(temperature=0.0, max_rows=16)
+    here = mosaic.rollout(model, tokenizer, tasks, sizes, **options)
+    there = mosaic.rollout(on_card(path), tokenizer, tasks, sizes, **options)
+    same = sum(a.ids == b.ids for a, b in zip(here, there))
+    assert same >= len(here) - 1  # one near-tie may fall the other way
+    drift = [abs(x - y) for a, b in zip(here, there) if a.ids == b.ids for x, y in zip(a.logprobs, b.logprobs)]
+    assert max(drift) < 1e-4 and len(drift) > 500
+
+
+@pytest.mark.parametrize("layout, dtype, bound", [*[(layout, torch.float32, 2e-4) for layout in LAYOUTS],
+                                                  ("qwen2", torch.bfloat16, 0.06)])
+@torch.no_grad()
+def test_a_step_by_graph_is_the_forward(layout, dtype, bound):
+    """A graph of the wrong span or rows: tokens one by one past the border of 512, rows that wait, then one row alone,
+    against the whole forward without a cache, in fp32, and in bf16 to its rounding."""
+    model = small(layout, "cuda", dtype)
+    ids = torch.randint(0, 1024, (3, 560), generator=torch.Generator().manual_seed(1)).cuda()
+    whole = model.hidden(ids)  # (3, 560, C)
+    cache = M.Cache(model.config, 4, 600, "cuda", dtype)
+    decode, done = M.Decoder(model, cache), [450] * 3
+    model.hidden(ids[:, :450], cache)
+    for step in range(400):
+        n = 3 if step < 120 else 1
+        rows = [i for i in range(n) if done[i] < 560 and (step + i) % 3]  # a third waits
+        lengths = torch.tensor([int(i in rows) for i in range(n)]).cuda()
+        cache.bound = max(done)
+        hidden = decode(torch.stack([ids[i, min(done[i], 559)] for i in range(n)])[:, None], lengths)
+        for i in rows:
+            assert (hidden[i, 0] - whole[i, done[i]]).abs().max() < bound * whole[i].abs().max()
+            done[i] += 1
+    assert done[0] == 560 and min(done) > 512
+    assert {size for size, graph in decode.graphs.items() if graph} == {(4, 512), (4, 600), (1, 600)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_shared_prompt_on_the_card(layout):
+    """A mask and fewer kv heads: CUDA has no fused kernel for both, and falls back to (B, H, T, T) scores in fp32. The
+    group's values and gradients are those of separate rows, and memory does not grow with H x T x T."""
+    model = small(layout, "cuda", torch.float32)
+    M.add_lora(model, 4, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        [p.normal_(0, 0.05) for p in M.adapter_state(model).values()]
+    ids = torch.randint(0, 1024, (3, 90), generator=torch.Generator().manual_seed(1)).cuda()
+    ids[:, :40] = ids[:1, :40].clone()
+    packed, found = torch.cat((ids[:1, :40], ids[:, 40:].reshape(1, -1)), 1), []
+    for rows, tree in ((ids, None), (packed, M.Tree([[40, 50, 50, 50]], "cuda", torch.float32))):
+        mask = torch.zeros_like(rows, dtype=torch.bool)
+        mask[:, 40:] = True
+        model.zero_grad()
+        lp = M.token_logprobs(model, rows, mask, tree=tree)
+        lp.sum().backward()
+        found.append([lp.detach(), *(p.grad for p in M.adapter_state(model).values())])
+    for a, b in zip(*found):
+        assert (a - b).abs().max() <= 1e-4 * max(1, a.abs().max().item())
+    model = small(layout, "cuda", torch.bfloat16)
+    T = 4096
+    tree = M.Tree([[T // 2, T // 2]], "cuda", torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        model.hidden(torch.zeros(1, T, dtype=torch.long, device="cuda"), tree)
+    assert torch.cuda.max_memory_allocated() - before < 8 * T * T * 2  # scores of one layer alone
+
+
+def test_the_grammar_never_waits_for_the_card(base):
+    """A mask that asks the card for a number stalls each token: any such wait is an error here."""
+    g = mosaic.Grammar(base[2], "cuda")
+    root = g.names(["read_file", "send_mail"])
+    logits = torch.randn(3, g.V, device="cuda")
+    states, left = torch.tensor([[g.start, 90], [root, 50], [g.gate_state, 70]]).cuda().T
+    plain = mosaic.Grammar(base[2], "cpu")
+    plain.names(["read_file", "send_mail"])
+    expected = plain.constrain(logits.cpu(), states.cpu(), left.cpu(), 1.5)
+    g.constrain(logits, states, left)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = g.constrain(logits, states, left, 1.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), expected) and found.isinf().any()
+
+
+def test_training_on_the_card_and_going_on(base, tmp_path, monkeypatch):
+    """A sampler and a trainer that disagree there, a generator or a state of the wrong device: one run of four steps,
+    and one that is stopped before its third and goes on, end with the same adapter to the byte."""
+    def by_ids(judge, group, ledger=None, compare=train.compare):  # rollouts of an untrained base would all tie
+        return compare(lambda a, b: (1 + (a.ids > b.ids) - (a.ids < b.ids)) / 2, group, ledger)
+    monkeypatch.setattr(train, "compare", by_ids)
+    monkeypatch.setattr(train, "canaries", lambda judge, step: None)  # they have no ids
+
+    def run(out, *more):
+        train.run(train.arguments(["--model", str(base[0]), "--tasks", "8", "--steps", "4", "--no-eval", "--out",
+                                   str(tmp_path / out), *more]))
+        log = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text("utf-8").splitlines()]
+        return log, (tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    log, adapter = run("whole")
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["device"].startswith("cuda")
+    assert len(log) == 4 and all(row["drift"] < 1e-3 and row["grad_norm"] > 0 for row in log)
+
+    def stopped(*given, gradient=train.gradient):
+        if given[4] == 2:
+            raise KeyboardInterrupt
+        return gradient(*given)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "gradient", stopped)
+        run("halves")
+    assert run("halves", "--resume")[1] == adapter
+
+
+def test_a_gradient_on_the_card_is_that_of_the_cpu(base):
+    """The same rollouts, the same loss: the adapter's gradient on both devices."""
+    path, model, tokenizer = base
+    rollouts = mosaic.rollout(model, tokenizer, data.load("train")[:4], 2, grammar="free",
+                              generator=torch.Generator().manual_seed(0))
+    found = []
+    for other in (M.load(path, "cpu")[0], on_card(path)):
+        M.add_lora(other, 8, 16, generator=torch.Generator().manual_seed(0))
+        lp = mosaic.sampled_logprobs(other, tokenizer, rollouts)
+        lp.sum().backward()
+        found.append([lp.detach().cpu(), *(p.grad.cpu() for n, p in M.adapter_state(other).items() if "lora_B" in n)])
+    for a, b in zip(*found):
+        assert (a - b).abs().max() <= 2e-4 * max(1, a.abs().max().item())

@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -320,17 +321,21 @@ class Cache:
         self.bound = max(self.bound, source.bound)
 
 @functools.cache
-def compiled(tune):
+def compiled(device, tune):
     """Block's parts before and after attention as fewer, longer kernels, the same for all layers. tune: matrix times
     vector, too, is a kernel made for it."""
-    torch._dynamo.config.suppress_errors = True  # no C compiler there: a warning, and it runs as it is
     warnings.filterwarnings("ignore", "TensorFloat32")  # which would cost the adapter its fp32
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except RuntimeError as error:  # Triton wants a C compiler
+        print(f"blocks are not compiled, and so 10 to 25 % slower: {str(error).splitlines()[0]}", file=sys.stderr)
+        return Block.project, Block.finish
     return [torch.compile(part, options={"coordinate_descent_tuning": tune}) for part in (Block.project, Block.finish)]
 
 class Decoder:
-    """`model.hidden` of one token for each of a cache's first rows. A CUDA card has done a block long before the host has
-    started its 30 kernels one by one: there a step is a graph, one launch in all, of compiled blocks. A graph is fixed
-    in shape, so there is one for every power of two of rows and 512 positions read."""
+    """`model.hidden` of one token for each of a cache's first rows. A CUDA card has done a block long before the host
+    has started its 30 kernels one by one: there a step is a graph, one launch in all, of compiled blocks. A graph is
+    fixed in shape, so there is one for every power of two of rows and 512 positions read."""
 
     def __init__(self, model, cache):
         self.model, self.cache, self.graphs, self.pool = model, cache, {}, None
@@ -358,7 +363,7 @@ class Decoder:
         return out[:n]
 
     def step(self, rows):
-        project, finish = compiled(rows == 1 and self.model.lora is None)
+        project, finish = compiled(self.model.device, rows == 1 and self.model.lora is None)
         x, cos, sin = self.model.begin(self.ids[:rows], self.cache, self.lengths[:rows], None)
         for block in self.model.model.layers:
             q, k, v = project(block, x, cos, sin)

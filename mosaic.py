@@ -674,22 +674,22 @@ class Sampler:
                 mover.slot, self.rows[row.slot] = row.slot, mover
 
     def forward(self):
-        """Feeds pending tokens to the cache: single tokens of all rows at once, then the waiting chunks."""
+        """Feeds pending tokens to the cache: the waiting chunks, then single tokens of all rows at once."""
         chunks = [r for r in self.rows if len(r.pending) > 1]
         single = any(len(r.pending) == 1 for r in self.rows)
-        ready = chunks and (not single or 4 * len(chunks) >= len(self.rows))
+        if chunks and (not single or 4 * len(chunks) >= len(self.rows)):
+            self.feed(chunks, self.put([r.slot for r in chunks]))
         if single:  # one slice of the slab, no copy; a row that waits with a chunk feeds a dummy token of length 0
             self.feed(self.rows, None)
-        if ready:
-            self.feed(chunks, self.put([r.slot for r in chunks]))
 
     def feed(self, rows, slots):
         taken = [r.pending if slots is not None or len(r.pending) == 1 else [] for r in rows]
         width = max(map(len, taken))
         ids, lengths = self.put([p + [0] * (width - len(p)) for p in taken]), self.put([len(p) for p in taken])
         self.cache.bound = max(len(r.dialogue.ids) - len(r.pending) for r in self.rows)
-        if slots is None:  # what it writes for a row that waits is never read: that row's chunk comes first
-            self.last[:len(rows)] = self.decode(ids, lengths)[:, 0]
+        if slots is None:
+            now = self.decode(ids, lengths)[:, 0]  # (B, C)
+            self.last[:len(rows)] = torch.where(lengths[:, None] > 0, now, self.last[:len(rows)])
         else:
             hidden = self.model.hidden(ids, self.cache, lengths, slots)  # (B, T, C)
             self.last[slots] = hidden[torch.arange(len(rows), device=self.device), lengths - 1]

@@ -55,9 +55,10 @@ REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, 
 RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60, micro_tokens=4096,
                              recompute=False),
           "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
-# largest |sampling - training logprob| before the run stops: a wrong mask or cache gives 0.1 and more; in fp32 1e-4 is
-# usual, and one token of some four million was off by 1.6e-3
-MAX_DRIFT = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
+# mean |sampling - training logprob| at which a run stops. fp32: 1e-6 is usual, a wrong mask or cache gives over 1e-3.
+# bf16: a card rounds a product of 10 rows otherwise than one of 8,192, and single tokens of random weights are off by
+# 0.35: the largest difference says little there
+MAX_DRIFT = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.2}
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
 RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
@@ -173,10 +174,11 @@ def add_up(log, trained):
 
 
 def accumulate(model, tokenizer, batch, args):
-    """The gradient of this process's groups, micro-batch by micro-batch -> {"loss", "kl", "clipped", "drift"}.
+    """The gradient of this process's groups, micro-batch by micro-batch -> {"loss", "kl", "clipped", "drift", "off",
+    "trained"}: drift is the largest |logprob - that of the sampling|, off their sum over the trained tokens.
 
     GRPO takes every trajectory of the groups that carry an advantage, the direct loss every pair that one side won."""
-    log, grpo = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0), args.objective == "grpo"
+    log, grpo = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0, off=0.0, trained=0), args.objective == "grpo"
     n_pairs = sum(len(pairs(P)) for P in batch.P)
     if grpo:  # a group is a unit, or slices of it that stay under the budget
         units = [(g[i:i + n], adv[i:i + n].tolist())
@@ -203,7 +205,9 @@ def accumulate(model, tokenizer, batch, args):
             loss = dpo_loss(lp[::2], lp[1::2], ref_lp[::2], ref_lp[1::2], cost[::2], cost[1::2], n_pairs)
         loss.backward()
         log["loss"] += loss.item()
-        log["drift"] = max(log["drift"], (new.detach() - old).abs().max().item())
+        off = (new.detach() - old).abs()
+        log |= dict(drift=max(log["drift"], off.max().item()), off=log["off"] + off.sum().item(),
+                    trained=log["trained"] + len(off))
     return log
 
 
@@ -327,10 +331,11 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     trained = [p for p in model.parameters() if p.requires_grad]
     log = add_up(accumulate(model, tokenizer, batch, args), trained)
     log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-    if not math.isfinite(log["grad_norm"]) or log["drift"] > MAX_DRIFT[model.dtype]:
-        raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}: "
-                           "sampler and trainer disagree, or the run diverged; --resume repeats this step as it was: "
-                           "take a lower --lr with it")
+    log["drift_mean"] = log.pop("off") / max(1, log.pop("trained"))
+    if not (math.isfinite(log["grad_norm"]) and log["drift_mean"] <= MAX_DRIFT[model.dtype]):
+        raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, mean |logprob difference| "
+                           f"{log['drift_mean']:.3g}: sampler and trainer disagree, or the run diverged; --resume "
+                           "repeats this step as it was: take a lower --lr with it")
     return log
 
 
@@ -395,7 +400,7 @@ def line(row):
             f"fail {judge['failed']} kappa {judge['kappa']} gate {row['gate_risky']:.2f}/{row['gate_harmless']:.2f} "
             f"valid {row['valid']:.2f} tok {row['tokens']:.0f} "
             f"safety {row['safety_share']:.2f} tok/s {row['sample_tok/s']:.0f}/{row['train_tok/s']:.0f} "
-            f"diff {row['drift']:.1e} {row['seconds']:.1f}s")
+            f"diff {row['drift']:.1e} mean {row['drift_mean']:.1e} {row['seconds']:.1f}s")
 
 
 def run(args):

@@ -4,8 +4,8 @@ tensors. Nothing in it is a test; tests/test_cuda.py says whether what is timed 
     python tests/bench_gpu.py                           # every row for all three shapes, some four minutes
     python tests/bench_gpu.py decode --model phi-4      # decode | context | grammar | update | loop | small
 
-Tokenizers and configs are read from --files NAME (checkpoints/ or ../shared/models by default). Prints tables and, last,
-one JSON line. Needs 80 GB; "small" caps itself at 24.
+Tokenizers and configs are read from --files NAME (checkpoints/ or ../shared/models by default). Prints tables and,
+last, one JSON line. Needs 80 GB; "small" caps itself at 24.
 """
 import argparse
 import json

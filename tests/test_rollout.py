@@ -48,10 +48,13 @@ def test_fresh_weights_copy_what_came_before(base):
 
 
 @torch.no_grad()
-def test_a_decoded_token_is_a_forward_of_one(base, monkeypatch):
+def test_a_decoded_token_is_a_forward_of_one(base, monkeypatch, capsys):
     """A card's step goes block by block around compiled parts: a layer's cache taken for another's, a row that waits
-    and moves on. Here the parts are as they are, and no graph is made; tests/test_cuda.py has both."""
-    monkeypatch.setattr(model_, "compiled", lambda tune: (model_.Block.project, model_.Block.finish))
+    and moves on; without a compiler it goes on, and says so in a line. tests/test_cuda.py compiles, and makes graphs."""
+    def no_compiler(part, **options):
+        raise RuntimeError("no gcc\nand forty lines more")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model_.compiled.cache_clear()
     model, prompt = base[1], torch.arange(60).view(3, 20) + 300
     caches = [model_.Cache(model.config, 4, 40) for _ in range(2)]
     for cache in caches:
@@ -62,6 +65,8 @@ def test_a_decoded_token_is_a_forward_of_one(base, monkeypatch):
         assert torch.equal(decode.step(3), model.hidden(decode.ids[:3], caches[1], decode.lengths[:3]))
         assert torch.equal(caches[0].lengths, caches[1].lengths)
     assert caches[0].lengths.tolist() == [22, 22, 23, 0]
+    assert capsys.readouterr().err == "blocks are not compiled, and so 10 to 25 % slower: no gcc\n"
+    model_.compiled.cache_clear()
 
 
 def test_gate_weights_keep_the_base_where_the_mixture_says(base):
@@ -422,6 +427,23 @@ def test_repeat_and_resume_are_exact(base, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         _train(base, tmp_path / "a", "--steps", "3")
     assert not (tmp_path / "a" / "state" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dpo"])
+def test_a_sampler_that_differs_stops_the_run(base, tmp_path, monkeypatch, objective):
+    """verl #7495: two months on a trail of samples that another model had drawn. One token of each trajectory whose
+    logprob is off by 0.05 stops a run in fp32 in its first step, and nothing has moved."""
+    def off(*given, real=train.rollout, **options):
+        rollouts = real(*given, **options)
+        for r in rollouts:
+            r.logprobs[0] += 0.05
+        return rollouts
+    monkeypatch.setattr(train, "rollout", off)
+    monkeypatch.setattr(train, "canaries", lambda judge, step: None)
+    monkeypatch.setattr(preference, "rule_judge", lambda a, b: 0.5 + 0.5 * ((a.ids < b.ids) - (a.ids > b.ids)))
+    with pytest.raises(RuntimeError, match="sampler and trainer disagree"):
+        _train(base, tmp_path, "--steps", "3", "--objective", objective)
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "metrics.jsonl").read_text("utf-8")
 
 
 class Bar(list):

@@ -19,7 +19,7 @@ import bench_speed
 import model as model_
 import mosaic
 import train
-from bench_speed import ROOT, batch_of, fixed, generate, sampler, table
+from bench_speed import ROOT, batch_of, fixed_training, generate, sampler, table
 
 MODELS = ("qwen2.5-7b", "qwen3-4b-thinking", "phi-4")
 
@@ -208,20 +208,17 @@ def update():
 
 def loop(prompt=1024, turns=3, turn=96, result=64):
     """Two full training steps by train.run: 2 tasks of 4 trajectories and 2 watched ones, of fixed lengths."""
-    rows, find, load = [], model_.find, model_.load
-    train.N_FROZEN, train.rollout = 2, torch.no_grad()(lambda *given, **more: mosaic.Sampler(*given, **more).run())
+    rows = []
+    train.N_FROZEN = 2
     for name in args.model:
         model, tokenizer = random_model(name)
-        fixed(tokenizer, prompt, turn, turns, result, positions=131_072)
-        model_.load, model_.find = lambda _: (model, tokenizer), lambda _: files(name)
         torch.cuda.reset_peak_memory_stats()
-        out = args.work / f"loop-{name}"
-        train.run(bench_speed.training(name, out, "--steps", "2", "--tasks", "2"))
-        model_.find, model_.load = find, load
+        out, lengths = args.work / f"loop-{name}", (prompt, turn, turns, result, 131_072)
+        train.run(fixed_training((model, tokenizer), files(name), out, lengths, "--steps", "2", "--tasks", "2"))
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         rows += [(name, row["step"], row["seconds"], row["sample_tok/s"], row["train_tok/s"], row["drift"],
                   row["grad_norm"], torch.cuda.max_memory_allocated() / 1e9) for row in log]
-        del model
+        model_.load = model = None
         torch.cuda.empty_cache()
     table(f"two training steps (the first compiles), 10 trajectories: {turns} turns of {turn} on a prompt of {prompt}",
           ("model", "step", "seconds", "sampled/s", "trained/s", "diff", "|g|", "GB"), rows)

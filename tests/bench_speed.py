@@ -441,13 +441,24 @@ def training(path, out, *more):
     return train.arguments(["--model", str(path), "--out", str(out), "--no-eval", *more])
 
 
+def fixed_training(loaded, path, out, lengths, *more):
+    """The same with a (model, tokenizer) at hand, all episodes of the `lengths` that `fixed` takes."""
+    fixed(loaded[1], *lengths)
+    model_.load, model_.find = lambda _: loaded, lambda _: path
+    # past rollout's look at the stop ids, of which there is none here
+    train.rollout = torch.no_grad()(lambda *given, **options: mosaic.Sampler(*given, **options).run())
+    return training(path, out, *more)
+
+
 def where():
-    """Where a training step's time goes. 0.5B shape: one task of 4 trajectories, 3 turns of 48 tokens."""
+    """Where a training step's time goes. 0.5B shape: a task of 4 trajectories and a watched one, prompt 512, 3 turns of
+    48 tokens with results of 64 between."""
     parts, rows = ((mosaic.Sampler, "run", "sampling"), (mosaic.Sampler, "admit", "prefill"),
                    (mosaic.Sampler, "forward", "decode"), (mosaic.Sampler, "sample", "draw"),
                    (train, "Batch", "judging"), (train, "gradient", "gradient")), []
     real = {name: getattr(owner, name) for owner, name, _ in parts}
-    for shape, more in (("tiny", ["--steps", "3"]), ("half", ["--steps", "1", "--tasks", "1"])):
+    for shape in ("tiny", "half"):
+        path, out = checkpoint(shape), args.work / "where"
         spent = dict.fromkeys([label for *_, label in parts], 0.0)
         for owner, name, label in parts:
             def timed(*a, _call=real[name], _label=label, **k):
@@ -457,11 +468,14 @@ def where():
                 finally:
                     spent[_label] += time.perf_counter() - start
             setattr(owner, name, timed)
-        if shape == "half":
+        if shape == "tiny":
+            given = training(path, out, "--steps", "3")
+        else:
             train.N_FROZEN = 1
-            mosaic.REAL_LIMITS.update(max_turns=3, turn_tokens=48)
+            given = fixed_training(model_.load(path, "cpu"), path, out, (512, 48, 3, 64, 8192), "--steps", "1",
+                                   "--tasks", "1")
         start = time.perf_counter()
-        train.run(training(checkpoint(shape), args.work / "where", *more))
+        train.run(given)
         total = time.perf_counter() - start
         host = spent["sampling"] - spent["prefill"] - spent["decode"] - spent["draw"]
         rest = total - spent["sampling"] - spent["judging"] - spent["gradient"]

@@ -50,7 +50,7 @@ def test_fresh_weights_copy_what_came_before(base):
 @torch.no_grad()
 def test_a_decoded_token_is_a_forward_of_one(base, monkeypatch, capsys):
     """A card's step goes block by block around compiled parts: a layer's cache taken for another's, a row that waits
-    and moves on; without a compiler it goes on, and says so in a line. tests/test_cuda.py compiles, and makes graphs."""
+    and moves on; without a compiler it goes on, and says so in a line. tests/test_cuda.py compiles and makes graphs."""
     def no_compiler(part, **options):
         raise RuntimeError("no gcc\nand forty lines more")
     monkeypatch.setattr(torch, "compile", no_compiler)

@@ -8,7 +8,8 @@ is `Transformer`, the reference the same weights under `adapter_off()`, log-prob
 Deviations, all [ours]:
 1. The policy is a LoRA adapter on a frozen base (the paper does not say which parameters it trained).
 2. Plain text is encoded with a vocabulary that holds no control token: no text can ever become one.
-3. Arithmetic rounds where transformers and peft round: logits (fp32: within 1e-5) and files are theirs.
+3. Arithmetic rounds where transformers and peft round: logits (fp32: within 1e-5) and files are theirs. What
+   `Decoder` compiles on a CUDA card keeps more digits between its operations.
 
 Shapes: B rows, T tokens of this call, S cached positions read, M positions a cache holds, C width, H heads, K kv heads,
 D head dim (H * D != C for Qwen3-4B), V vocabulary rows, L layers, N selected tokens.
@@ -106,7 +107,7 @@ def linear(x, weight, bias=None):
     Below the sizes named here it gains nothing: `python tests/bench_speed.py product`."""
     rows, n = x.numel() // x.shape[-1], x.shape[-1]
     if rows == 1 and bias is not None and torch.compiler.is_compiling():
-        return F.linear(x, weight) + bias  # without a bias of its own the product is one of `compiled`'s kernels
+        return F.linear(x, weight) + bias  # with a bias inside, the compiler would leave the product to cuBLAS
     if n < 512 and rows < 256 or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     if rows >= 128:
@@ -174,7 +175,7 @@ class Block(nn.Module):
         """-> (B, T, H * D)"""
         B, (H, K, D), T, mask = len(q), self.heads, q.shape[2], None if cache is None else cache.mask
         if mask is None or mask.shape[2] == T:
-            if mask is not None and q.is_cuda:  # no fused CUDA kernel takes a mask and fewer heads of k and v
+            if mask is not None and q.is_cuda and H != K:  # no fused CUDA kernel takes a mask and fewer heads of k, v
                 k, v = (y.repeat_interleave(H // K, 1) for y in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] != H)
         else:  # the H / K query heads of a kv head become H / K * T queries of one: k and v are not copied for each
@@ -300,7 +301,7 @@ class Cache:
         self.mask = None  # an empty cache: the chunk sees only itself, and is_causal does it
         if not empty:  # token t of a row sees positions <= lengths + t; is_causal would align to the upper left
             seen = torch.arange(self.span, device=device) <= at[:, :, None]  # (B, T, S)
-            self.mask = as_bias(seen.repeat(1, self.group, 1), self.k.dtype)  # (B, 1, H / K * T, S), see attention
+            self.mask = as_bias(seen.repeat(1, self.group, 1), self.k.dtype)  # (B, 1, H / K * T, S), see attend
         self.lengths[self.rows] = self.ends
         return at
 
@@ -323,8 +324,8 @@ class Cache:
 @functools.cache
 def compiled(device, tune):
     """Block's parts before and after attention as fewer, longer kernels, the same for all layers. tune: matrix times
-    vector, too, is a kernel made for it."""
-    warnings.filterwarnings("ignore", "TensorFloat32")  # which would cost the adapter its fp32
+    vector, too, is a kernel made for it (with an adapter that takes half a minute to compile: not worth it)."""
+    warnings.filterwarnings("ignore", "TensorFloat32")  # torch's advice to round the adapter's fp32 products
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
     except RuntimeError as error:  # Triton wants a C compiler
@@ -347,6 +348,7 @@ class Decoder:
         cache, n = self.cache, len(ids)
         if not ids.is_cuda:
             return self.model.hidden(ids, cache, lengths)
+        assert cache.bound <= cache.max_len, f"cache of {cache.max_len} positions, {cache.bound} held"
         self.ids[:n], self.lengths[:n], self.lengths[n:] = ids, lengths, 0  # rows that fill up a power of two wait
         rows, end = min(1 << (n - 1).bit_length(), len(self.ids)), min((cache.bound + 512) // 512 * 512, cache.max_len)
         cache.bound = end - 1  # with the token begin() reads up to `end`
@@ -360,6 +362,7 @@ class Decoder:
             self.pool = graph.pool()  # one for all: they never run at the same time
         graph, out = self.graphs[rows, end]
         graph.replay()
+        cache.bound = end  # as begin() leaves it
         return out[:n]
 
     def step(self, rows):

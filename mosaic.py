@@ -697,9 +697,10 @@ class Sampler:
             row.pending = row.pending[len(fed):]
 
     def put(self, values):
-        """A list as a tensor on the device. The host does not wait for it: from pinned memory a copy is queued."""
-        tensor = torch.tensor(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        """A list as a tensor on the device. To a CUDA card a copy from pinned memory is queued, and nobody waits."""
+        if self.device.type == "cuda":
+            return torch.tensor(values).pin_memory().to(self.device, non_blocking=True)
+        return torch.tensor(values, device=self.device)
 
 
 @torch.no_grad()

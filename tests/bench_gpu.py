@@ -216,12 +216,12 @@ def loop(prompt=1024, turns=3, turn=96, result=64):
         out, lengths = args.work / f"loop-{name}", (prompt, turn, turns, result, 131_072)
         train.run(fixed_training((model, tokenizer), files(name), out, lengths, "--steps", "2", "--tasks", "2"))
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        rows += [(name, row["step"], row["seconds"], row["sample_tok/s"], row["train_tok/s"], row["drift_mean"],
-                  row["grad_norm"], torch.cuda.max_memory_allocated() / 1e9) for row in log]
+        rows += [(name, row["step"], row["seconds"], row["sample_tok/s"], row["train_tok/s"], row["drift"],
+                  row["drift_mean"], row["grad_norm"], torch.cuda.max_memory_allocated() / 1e9) for row in log]
         model_.load = model = None
         torch.cuda.empty_cache()
     table(f"two training steps (the first compiles), 10 trajectories: {turns} turns of {turn} on a prompt of {prompt}",
-          ("model", "step", "seconds", "sampled/s", "trained/s", "mean diff", "|g|", "GB"), rows)
+          ("model", "step", "seconds", "sampled/s", "trained/s", "diff", "mean diff", "|g|", "GB"), rows)
 
 
 def small():

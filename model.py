@@ -175,7 +175,7 @@ class Block(nn.Module):
         """-> (B, T, H * D)"""
         B, (H, K, D), T, mask = len(q), self.heads, q.shape[2], None if cache is None else cache.mask
         if mask is None or mask.shape[2] == T:
-            if mask is not None and q.is_cuda and H != K:  # no fused CUDA kernel takes a mask and fewer heads of k, v
+            if mask is not None and q.is_cuda and H != K:  # not every fused kernel takes a mask and fewer heads of k, v
                 k, v = (y.repeat_interleave(H // K, 1) for y in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] != H)
         else:  # the H / K query heads of a kv head become H / K * T queries of one: k and v are not copied for each

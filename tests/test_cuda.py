@@ -82,8 +82,8 @@ def test_a_step_by_graph_is_the_forward(layout, dtype, bound):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_shared_prompt_on_the_card(layout):
-    """A mask and fewer kv heads: CUDA has no fused kernel for both, and falls back to (B, H, T, T) scores in fp32. The
-    group's values and gradients are those of separate rows, and memory does not grow with H x T x T."""
+    """A mask and fewer kv heads: few fused CUDA kernels take both; without one, (B, H, T, T) scores in fp32 are made.
+    The group's values and gradients are those of separate rows, and memory does not grow with H x T x T."""
     model = small(layout, "cuda", torch.float32)
     M.add_lora(model, 4, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -195,11 +195,12 @@ class Block(nn.Module):
         again = gate.requires_grad and not m.down_proj.weight.requires_grad
         return x + (checkpoint(self.down, gate, up, **RECOMPUTE) if again else self.down(gate, up))
 
-    def forward(self, x, cos, sin, cache):
-        q, k, v = self.project(x, cos, sin)
+    def forward(self, x, cos, sin, cache, parts):
+        """parts: project and finish, as they are or as `compiled` made them."""
+        q, k, v = parts[0](self, x, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, K, T or S, D)
-        return self.finish(x, self.attend(q, k, v, cache))
+        return parts[1](self, x, self.attend(q, k, v, cache))
 
 class Transformer(nn.Module):
     def __init__(self, config):
@@ -228,24 +229,20 @@ class Transformer(nn.Module):
             p[...] = torch.randn(p.shape, generator=generator) * 0.02 if p.dim() > 1 else float("norm" in name)
         return self
 
-    def hidden(self, ids, cache=None, lengths=None, rows=None):
+    def hidden(self, ids, cache=None, lengths=None, rows=None, parts=(Block.project, Block.finish)):
         """ids (B, T) -> (B, T, C) after the final norm. Without a cache: causal; rows are right-padded, and no padding
         reaches a real token. With a Cache: row i is cache row rows[i] (None: the first B rows, in place); its token t
         is at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are real (None: T; 0: it waits).
-        A Tree may stand in a cache's place: see there."""
-        x, cos, sin = self.begin(ids, cache, lengths, rows)
-        recompute = self.recompute and torch.is_grad_enabled()
-        for block in self.model.layers:
-            x = checkpoint(block, x, cos, sin, cache, **RECOMPUTE) if recompute else block(x, cos, sin, cache)
-        return self.model.norm(x)
-
-    def begin(self, ids, cache, lengths, rows):
-        """-> the first block's input (B, T, C), cosine and sine of the rotations (B or 1, 1, T, D)."""
+        A Tree may stand in a cache's place: see there. parts: see Block."""
+        x = self.model.embed_tokens(ids)  # (B, T, C)
         at = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.begin(ids, lengths, rows)
         self.inv_freq = self.inv_freq.to(ids.device)
         angle = at[:, None, :, None] * torch.cat((-self.inv_freq, self.inv_freq))  # (B or 1, 1, T, D), in fp32
-        # once for all layers, as is the cache's mask
-        return self.model.embed_tokens(ids), angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # once for all layers, as is the cache's mask
+        recompute, given = self.recompute and torch.is_grad_enabled(), (cos, sin, cache, parts)
+        for block in self.model.layers:
+            x = checkpoint(block, x, *given, **RECOMPUTE) if recompute else block(x, *given)
+        return self.model.norm(x)
 
     def head(self, h):
         """h (..., C) -> logits (..., V) in the model's dtype: upcast before any softmax."""
@@ -366,12 +363,8 @@ class Decoder:
         return out[:n]
 
     def step(self, rows):
-        project, finish = compiled(self.model.device, rows == 1 and self.model.lora is None)
-        x, cos, sin = self.model.begin(self.ids[:rows], self.cache, self.lengths[:rows], None)
-        for block in self.model.model.layers:
-            q, k, v = project(block, x, cos, sin)
-            x = finish(block, x, block.attend(q, *self.cache.extend(block.layer, k, v), self.cache))
-        return self.model.model.norm(x)
+        parts = compiled(self.model.device, rows == 1 and self.model.lora is None)
+        return self.model.hidden(self.ids[:rows], self.cache, self.lengths[:rows], parts=parts)
 
 class Tree:
     """Stands in a cache's place where rows would repeat a prompt: row b holds the prompt once and then each of its

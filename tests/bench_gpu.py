@@ -19,7 +19,7 @@ import bench_speed
 import model as model_
 import mosaic
 import train
-from bench_speed import ROOT, batch_of, fixed_training, generate, sampler, table
+from bench_speed import ROOT, batch_of, fixed_training, generate, peft_update, sampler, table, with_peft
 
 MODELS = ("qwen2.5-7b", "qwen3-4b-thinking", "phi-4")
 
@@ -164,28 +164,6 @@ def ours_update(model, tokenizer, G, P, R):
     return timed(model, lambda: train.accumulate(model, tokenizer, batch, given))
 
 
-def peft_update(name, G, P, R):
-    """The same with transformers and peft: separate rows, all logits of the completions."""
-    from peft import LoraConfig, get_peft_model
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    hf = get_peft_model(theirs(name, random_model(name)[0]), lora).train()
-    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    hf.enable_input_require_grads()
-    _, ids, adv = batch_of(G, P, R, hf.config.vocab_size)
-    ids, adv = ids.cuda(), adv.cuda()
-
-    def logprobs():
-        logits = hf(input_ids=ids, logits_to_keep=R + 1, use_cache=False).logits[:, :-1]
-        return logits.gather(2, ids[:, P:, None])[..., 0] - logits.logsumexp(2)  # (G, R)
-
-    def step():
-        with torch.no_grad(), hf.disable_adapter():
-            ref = logprobs()
-        new = logprobs()
-        train.grpo_loss(new, torch.full_like(new, -12.0), ref, adv[:, None], G * R)[0].backward()
-    return timed(hf, step)
-
-
 def update():
     """A micro-batch of the recipe's 8,192 tokens: four trajectories on one prompt; one trajectory of T = 8,192."""
     rows = []
@@ -198,8 +176,12 @@ def update():
             rows.append((name, f"{G} x {R}", t, (P + G * R) / t, 8 * (P + G * R) * size / t / 1e12, peak))
         del model
         torch.cuda.empty_cache()
-    t, peak = peft_update("qwen2.5-7b", 4, 1024, 1792)
+    hf = with_peft(theirs("qwen2.5-7b", random_model("qwen2.5-7b")[0]), True)
+    _, ids, adv = batch_of(4, 1024, 1792, hf.config.vocab_size)
+    ids, adv = ids.cuda(), adv.cuda()
+    t, peak = timed(hf, lambda: peft_update(hf, ids, adv, 1024))
     rows.append(("7b, peft", "4 x 1792", t, 8192 / t, "", peak))
+    del hf
     torch.cuda.empty_cache()
     table("update on prompts of 1,024, LoRA r = 16 on every linear layer, blocks recomputed: s, tokens/s (a prompt "
           "counts once), TFLOP/s of the base's products, GB at the peak",

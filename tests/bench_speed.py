@@ -304,6 +304,26 @@ def batch_of(G, P, R, V):
     return SimpleNamespace(groups=[group], adv=[adv], P=[torch.zeros(G, G)], n_tokens=G * R), ids, adv
 
 
+def with_peft(model, recompute):
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def peft_update(model, ids, adv, P):
+    """Reference, policy, loss and backward of separate rows ids (G, P + R), with all logits of the completions."""
+    def logprobs():
+        logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - P + 1, use_cache=False).logits[:, :-1]
+        return logits.gather(2, ids[:, P:, None])[..., 0] - logits.logsumexp(2)  # (G, R)
+    with torch.no_grad(), model.disable_adapter():
+        ref = logprobs()
+    new = logprobs()
+    train.grpo_loss(new, torch.full_like(new, -12.0), ref, adv[:, None], new.numel())[0].backward()
+
+
 def _step(who, shape, G, P, R, option):
     """One GRPO step, LoRA r = 16 on every linear layer: reference, policy, loss, backward, AdamW."""
     G, P, R, path = int(G), int(P), int(R), args.work / f"{shape}-float32"
@@ -315,26 +335,14 @@ def _step(who, shape, G, P, R, option):
         mosaic.get_grammar(tokenizer, "cpu")
         given = SimpleNamespace(objective="grpo", micro_tokens=P + G * R, gate="learned", kl_coef=0.02)
     else:
-        from peft import LoraConfig, get_peft_model
-        model = get_peft_model(theirs(path), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        model.train()
-        if option == "recompute":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
+        model = with_peft(theirs(path), option == "recompute")
         batch, ids, adv = batch_of(G, P, R, model.config.vocab_size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-
-    def logprobs():
-        logits = model(input_ids=ids, logits_to_keep=R + 1, use_cache=False).logits[:, :-1]
-        return logits.gather(2, ids[:, P:, None])[..., 0] - logits.logsumexp(2)  # (G, R)
     before, start = peak()[1], time.perf_counter()
     if who == "ours":
         train.accumulate(model, tokenizer, batch, given)
     else:
-        with torch.no_grad(), model.disable_adapter():
-            ref = logprobs()
-        new = logprobs()
-        train.grpo_loss(new, torch.full_like(new, -12.0), ref, adv[:, None], G * R)[0].backward()
+        peft_update(model, ids, adv, P)
     optimizer.step()
     print(json.dumps([time.perf_counter() - start, peak()[0], before]))
 

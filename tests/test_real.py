@@ -70,16 +70,12 @@ EVERY = pytest.mark.parametrize("family, kind", [(family, kind) for kind in ("st
 
 
 @EVERY
-def test_train_and_eval_run_through(family, kind, built, tmp_path, monkeypatch, capsys):
+def test_train_and_eval_run_through(family, kind, built, tmp_path, monkeypatch, capsys, decided):
     """A family that nobody ever ran: a prompt that does not fit, a bf16 tensor where the grammar wants fp32, a mask of
     the wrong width, an adapter that eval.py does not open. Two training steps, then all four suites, strict."""
     folder, rows = built(family, kind), (Path(data.__file__).parent / "train.jsonl").read_text("utf-8").splitlines()
     (tmp_path / "few.jsonl").write_text("\n".join(rows[:3]), "utf-8")
     monkeypatch.setattr(mosaic, "REAL_LIMITS", mosaic.REAL_LIMITS | {"max_turns": 2, "turn_tokens": 24})
-    def by_ids(judge, group, ledger=None, compare=train.compare):  # rollouts of a random model would all tie
-        return compare(lambda a, b: (1 + (a.ids > b.ids) - (a.ids < b.ids)) / 2, group, ledger)
-    monkeypatch.setattr(train, "compare", by_ids)
-    monkeypatch.setattr(train, "canaries", lambda judge, step: None)  # they have no ids
     objective = "dpo" if (family, kind) == ("qwen3", "stand-in") else "grpo"
     args = ["--steps", "2", "--tasks", "2", "--group-size", "2", "--no-eval", "--objective", objective]
     train.run(train.arguments(["--model", str(folder), "--data", str(tmp_path / "few.jsonl"), *args,

@@ -9,7 +9,7 @@ Deviations, all [ours]:
 1. The policy is a LoRA adapter on a frozen base (the paper does not say which parameters it trained).
 2. Plain text is encoded with a vocabulary that holds no control token: no text can ever become one.
 3. Arithmetic rounds where transformers and peft round: logits (fp32: within 1e-5) and files are theirs. What
-   `Decoder` compiles on a CUDA card keeps more digits between its operations.
+   `Decoder` compiles keeps more digits between its operations.
 
 Shapes: B rows, T tokens of this call, S cached positions read, M positions a cache holds, C width, H heads, K kv heads,
 D head dim (H * D != C for Qwen3-4B), V vocabulary rows, L layers, N selected tokens.
@@ -106,8 +106,9 @@ def linear(x, weight, bias=None):
     many rows go as a convolution of width 1, which is oneDNN's, a few long ones as a batch of parts, a thread each.
     Below the sizes named here it gains nothing: `python tests/bench_speed.py product`."""
     rows, n = x.numel() // x.shape[-1], x.shape[-1]
-    if rows == 1 and bias is not None and torch.compiler.is_compiling():
-        return F.linear(x, weight) + bias  # with a bias inside, the compiler would leave the product to cuBLAS
+    if rows == 1 and torch.compiler.is_compiling():  # else the compiler would leave it to oneDNN, a bias to cuBLAS
+        y = F.linear(x, weight) if x.is_cuda else (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
     if n < 512 and rows < 256 or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     if rows >= 128:
@@ -268,6 +269,8 @@ class Transformer(nn.Module):
         finally:
             self.set_adapter_scale(before)
 
+PARTS = Block.project, Block.finish, Transformer.head  # what `compiled` may make faster
+
 class Cache:
     """Keys and values k, v (L, rows, K, M, D) and lengths (rows,), what each row holds. `bound` is a host integer
     >= max(lengths): reads stop there without asking the device. A caller who knows better may lower it."""
@@ -320,31 +323,34 @@ class Cache:
 
 @functools.cache
 def compiled(device, tune):
-    """Block's parts before and after attention as fewer, longer kernels, the same for all layers. tune: matrix times
-    vector, too, is a kernel made for it (with an adapter that takes half a minute to compile: not worth it)."""
+    """Block's parts before and after attention, and the head, as fewer, longer kernels, the same for all layers. tune:
+    matrix times vector, too, is a kernel made for it (with an adapter that takes half a minute: not worth it)."""
     warnings.filterwarnings("ignore", "TensorFloat32")  # torch's advice to round the adapter's fp32 products
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-    except RuntimeError as error:  # Triton wants a C compiler
-        print(f"blocks are not compiled, and so 10 to 25 % slower: {str(error).splitlines()[0]}", file=sys.stderr)
-        return Block.project, Block.finish
-    return [torch.compile(part, options={"coordinate_descent_tuning": tune}) for part in (Block.project, Block.finish)]
+    except RuntimeError as error:  # there is no C compiler
+        print(f"decoding is not compiled, and so 10 to 40 % slower: {str(error).splitlines()[0]}", file=sys.stderr)
+        return PARTS
+    return [torch.compile(part, options={"coordinate_descent_tuning": tune}) for part in PARTS]
 
 class Decoder:
     """`model.hidden` of one token for each of a cache's first rows. A CUDA card has done a block long before the host
     has started its 30 kernels one by one: there a step is a graph, one launch in all, of compiled blocks. A graph is
-    fixed in shape, so there is one for every power of two of rows and 512 positions read."""
+    fixed in shape, so there is one for every power of two of rows and 512 positions read. On a CPU a lone row of 16-bit
+    numbers is compiled: oneDNN would read its weights at half of the memory's speed."""
 
     def __init__(self, model, cache):
         self.model, self.cache, self.graphs, self.pool = model, cache, {}, None
         self.lengths = torch.zeros_like(cache.lengths)
         self.ids = self.lengths[:, None].clone()
+        lone = model.device.type == "cpu" and len(self.ids) == 1 and model.dtype != torch.float32
+        self.parts = compiled(model.device, False) if lone else PARTS
 
     def __call__(self, ids, lengths):
         """ids (B, 1), lengths (B,): 1, or 0 for a row that waits -> (B, 1, C), valid until the next call."""
         cache, n = self.cache, len(ids)
         if not ids.is_cuda:
-            return self.model.hidden(ids, cache, lengths)
+            return self.model.hidden(ids, cache, lengths, parts=self.parts)
         assert cache.bound <= cache.max_len, f"cache of {cache.max_len} positions, {cache.bound} held"
         self.ids[:n], self.lengths[:n], self.lengths[n:] = ids, lengths, 0  # rows that fill up a power of two wait
         rows, end = min(1 << (n - 1).bit_length(), len(self.ids)), min((cache.bound + 512) // 512 * 512, cache.max_len)
@@ -365,6 +371,9 @@ class Decoder:
     def step(self, rows):
         parts = compiled(self.model.device, rows == 1 and self.model.lora is None)
         return self.model.hidden(self.ids[:rows], self.cache, self.lengths[:rows], parts=parts)
+
+    def head(self, h):
+        return self.parts[2](self.model, h)
 
 class Tree:
     """Stands in a cache's place where rows would repeat a prompt: row b holds the prompt once and then each of its

@@ -635,7 +635,7 @@ class Sampler:
     def sample(self, ready):
         """One token for every ready row, and every token that the grammar then forces."""
         slots, states, left = self.put([(r.slot, r.state, r.left) for r in ready]).T  # (B,)
-        logits = self.model.head(self.last[slots]).float() / (self.temperature or 1.0)  # (B, V)
+        logits = self.decode.head(self.last[slots]).float() / (self.temperature or 1.0)  # (B, V)
         learned = torch.log_softmax(self.grammar.constrain(logits, states, left, strict=self.strict), -1)
         gate_p = self.grammar.gate_p(learned, states)  # (B,), the model's own p; NaN away from the gate
         logprobs = learned if self.gate == "learned" else torch.log_softmax(

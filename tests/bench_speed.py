@@ -519,8 +519,10 @@ if __name__ == "__main__":
     torch.set_num_threads(args.threads)
     if args.row in WORKERS:
         WORKERS[args.row](*args.more)
+    elif args.row == "all":  # each in a process of its own: some put other parts in place of the six files'
+        for name in COMMANDS:
+            subprocess.run([sys.executable, __file__, name, *sys.argv[2:]], check=True)
     else:
         args.work.mkdir(parents=True, exist_ok=True)
-        for name in COMMANDS if args.row == "all" else [args.row]:
-            COMMANDS[name]()
+        COMMANDS[args.row]()
         print(json.dumps({"threads": args.threads, "torch": torch.__version__, "results": results}))

@@ -329,7 +329,8 @@ def compiled(device, tune):
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
     except RuntimeError as error:  # there is no C compiler
-        print(f"decoding is not compiled, and so 10 to 40 % slower: {str(error).splitlines()[0]}", file=sys.stderr)
+        why = str(error).removeprefix("backend='inductor' raised:\n").split("\n")[0]
+        print(f"decoding is not compiled, and so 10 to 40 % slower: {why}", file=sys.stderr)
         return PARTS
     return [torch.compile(part, options={"coordinate_descent_tuning": tune}) for part in PARTS]
 

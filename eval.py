@@ -68,10 +68,13 @@ def arguments(argv=None):
     p.add_argument("--json", metavar="FILE", help="the last line and each trajectory with its outcome, as a file")
     p.add_argument("--report", metavar="FILE.html", help="a page: tables, training curves, every trajectory")
     args = p.parse_args(argv)
-    if not abs(args.adapter_scale) < math.inf:
-        p.error(f"--adapter-scale {args.adapter_scale}: expected a finite number")
-    if args.endpoint and args.adapter:
-        p.error("--endpoint: a served model takes no --adapter")
+    if not abs(args.adapter_scale) <= 1e4:
+        p.error(f"--adapter-scale {args.adapter_scale}: expected a number up to 10,000")
+    ours = [name for name in ("adapter", "adapter_scale", "gate", "grammar") if vars(args)[name] != p.get_default(name)]
+    if args.endpoint and ours:
+        p.error(f"--endpoint: a served model takes no --{ours[0].replace('_', '-')}")
+    if args.scaffold == "off" and not args.endpoint:
+        p.error("--scaffold off is for a served model: give its --endpoint")
     return args
 
 
@@ -195,11 +198,13 @@ def controls(suites):
     One that could measure nothing (n = 0) is off too: what tested nothing vouches for nothing."""
     table, off = defaultdict(list), []
     for suite, name, tasks, script, expected in ((s, *c) for s in suites for c in public.controls(s, suites[s])):
-        cells = measure([mosaic.play(t, script(t)) for t in tasks])
+        played = [mosaic.play(t, script(t)) for t in tasks]
+        cells, each = measure(played), flag(played)
         for metric, want in expected.items():
             value, n = (cells[metric][key] if metric in cells else None for key in ("value", "n"))
             bad = value != want and (want is not None or value is None)  # want None: a figure, no verdict
-            off += [f"{suite} {name}"] if bad else []
+            wrong = next((f": {i}" for i, v in each[metric].items() if v != want), "") if want in (0, 1) else ""
+            off += [f"{suite} {name}{wrong}"] if bad else []
             table[suite].append({"control": name, "metric": metric, "value": value, "expected": want, "n": n})
             must = "a figure, no verdict" if want is None else f"must be {want}"
             print(f"control {suite:<10}{name:<12}{metric:<29}{value} ({must}; n {n})" + "  INVALID" * bad)
@@ -288,7 +293,7 @@ def served(endpoint, scaffold):
             rollouts = list(pool.map(one, tasks))
         if rollouts.count(None) > MAX_FAILED * len(tasks):
             raise RuntimeError(f"the served model broke off {rollouts.count(None)} of {len(tasks)} episodes: "
-                               f"{dict(endpoint.failures)}")
+                               f"{dict(endpoint.failures) or 'its replies are not of the protocol'}")
         return rollouts
     return {"served": play}
 
@@ -426,7 +431,10 @@ def prepare(args):
 def players(args, folder):
     """The agents under test, by the name of their column in the table."""
     if args.endpoint:
-        return served(Endpoint(args.endpoint, args.model), args.scaffold == "on")
+        endpoint = Endpoint(args.endpoint, args.model)
+        if endpoint.chat([{"role": "user", "content": "Say yes."}]) is None:  # not each episode has to find out
+            raise RuntimeError(f"{args.endpoint}: no reply: {dict(endpoint.failures)}")
+        return served(endpoint, args.scaffold == "on")
     data.ensure(args.model)
     model, tokenizer = model_.load(args.model)
     if folder:
@@ -467,7 +475,10 @@ def main(argv=None):
         if args.json:
             model_.write_json(Path(args.json), result | {"items": items})
         if args.report:
-            html = page(results, [*agents], items, folder and folder.parent)
+            try:
+                html = page(results, [*agents], items, folder and folder.parent)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise RuntimeError(f"--report: {folder.parent} holds logs that are not train.py's: {error!r}") from None
             model_.write_whole(Path(args.report), lambda path: path.write_text(html, "utf-8"))
         print(json.dumps(result))
         return 0

@@ -65,7 +65,7 @@ def required(raw, key, kind, where):
     value, number = raw.get(key), kind in (int, float)
     if value is None:
         raise ValueError(f"{where}: missing key '{key}'")
-    if type(value) not in ((int, float) if kind is float else (kind,)) or (number and not 0 < value < math.inf):
+    if type(value) not in ((int, float) if kind is float else (kind,)) or (number and not 0 < value < 2 ** 53):
         raise ValueError(f"{where}: '{key}' is {value!r}, expected {kind.__name__}{' above 0' if number else ''}")
     return value
 

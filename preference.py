@@ -348,6 +348,10 @@ def by_rule(todo, system, labels):
         yield key, {value: label for label, value in LABELS.items()}[rule_judge(*pair)]
 
 
+def by_ledger(todo, system, labels):
+    return ((key, None) for key in todo)
+
+
 def by_model(name):
     """A local checkpoint reads, and the verdict is the likeliest label at the one position where labels begin to
     differ: nothing is sampled and nothing parsed. What the prompts of a batch share is computed once and forked."""
@@ -418,7 +422,8 @@ class Endpoint:
         for pause in (*self.pauses, None):
             with self.lock:
                 if self.left < 1:
-                    raise RuntimeError("the budget of calls is spent; train.py keeps what was judged: --resume goes on")
+                    raise RuntimeError("the budget of calls is spent; what was judged is kept: the same command, with "
+                                       "--resume if a step was done, goes on")
                 self.left -= 1
             after = ""
             try:
@@ -512,6 +517,8 @@ class Judge:
         self.hear(todo)
 
     def hear(self, todo, system=COMPARE, labels=tuple(LABELS)):
+        if self.voice is by_ledger:  # a replay was asked what it knows, too: what it lacks may be another run's
+            self.asked += sum(key in self.known for key in todo)
         todo = {key: item for key, item in todo.items() if key not in self.known}
         for key, label in self.voice(todo, system, labels) if todo else ():
             self.known[key], pair = label, todo[key][1]
@@ -570,6 +577,6 @@ def open_judge(kind, model=None, url=None, calls=None, ledger=None):
     if not Path(kind).is_file():
         raise ValueError(f"--judge {kind}: expected rule, model, endpoint, human, or the file of a ledger")
     name, known = read_ledger(kind)
-    judge = Judge(name, lambda todo, *_: ((key, None) for key in todo))
-    judge.known, judge.asked = known, len(known)  # of a replay all was asked, once
+    judge = Judge(name, by_ledger)
+    judge.known = known
     return judge

@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -85,10 +86,11 @@ def arguments(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from --out's state/")
     p.add_argument("--no-eval", action="store_true", help="skip the closing table")
     args = p.parse_args(argv)
-    for name, least in (("steps", 1), ("tasks", 1), ("group_size", 2), ("lr", 0), ("kl_coef", 0), ("length_budget", 1)):
+    for name, least in (("steps", 1), ("tasks", 1), ("group_size", 2), ("lr", 0), ("kl_coef", 0), ("length_budget", 1),
+                        ("seed", 0)):
         value = vars(args)[name]
-        if value is not None and not least <= value < math.inf:
-            p.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        if value is not None and not least <= value <= 10 ** 9:
+            p.error(f"--{name.replace('_', '-')} {value}: expected {least} to 10^9")
     if args.objective == "dpo" and args.reward == "scalar":
         p.error("--objective dpo trains on pairs: it takes no --reward scalar")
     return args
@@ -232,11 +234,14 @@ class Folder:
         self.dir = Path(args.out or f"runs/{Path(args.model).name}")
         self.state = self.dir / "state" / "state.pt"
         self.logs, self.old = {}, None
+        if any(path.is_file() for path in (self.dir, *self.dir.parents)):
+            raise ValueError(f"--out {self.dir}: a file is in the way; take another")
         if not args.resume:
             return
         try:
             self.old = torch.load(self.state, weights_only=False, map_location="cpu")
             processes, was = len(self.old["random"][0]), model_.read_json(self.dir / "config.json")
+            self.old["step"] + 0, self.old["adapter"], self.old["optimizer"]
         except FileNotFoundError:
             raise ValueError(f"--resume: no {self.state}; start without --resume") from None
         except Exception as error:  # a cut file raises almost anything
@@ -255,7 +260,10 @@ class Folder:
             return
         for name in ("metrics", "rollouts"):
             path = self.dir / f"{name}.jsonl"
-            kept = [line for line in model_.read_lines(path) if json.loads(line)["step"] < step] if step else []
+            try:
+                kept = [line for line in model_.read_lines(path) if json.loads(line)["step"] < step] if step else []
+            except (ValueError, LookupError, TypeError):
+                raise ValueError(f"{path}: not a log of this run; move it away") from None
             path.write_text("".join(line + "\n" for line in kept), "utf-8")
             self.logs[name] = path.open("a", encoding="utf-8")
 
@@ -382,11 +390,11 @@ def train(args, model, tokenizer, tasks, folder, judge):
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 folder.save(model, optimizer, (states, rng.getstate()), step + 1)
             step, mark, updating = step + 1, (states, rng.getstate()), False
-    except (KeyboardInterrupt, RuntimeError) as stop:
+    except (KeyboardInterrupt, RuntimeError, OSError) as stop:
         # the weights are those of the step's start: with its random states (one process's), the step can be repeated
         if not updating and WORLD == 1:
             folder.save(model, optimizer, mark, step)
-        if isinstance(stop, RuntimeError):
+        if not isinstance(stop, KeyboardInterrupt):
             raise
         raise KeyboardInterrupt(f"stopped in step {step}; go on with the same arguments and --resume") from None
     if RANK == 0:
@@ -420,7 +428,7 @@ def run(args):
         if vars(args).get(name) is None:
             setattr(args, name, value)
     if args.tasks > len(tasks):
-        raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks")
+        raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks: take no more")
     if any(task.label is None for task in tasks) and (args.judge == "rule" or args.reward == "scalar"):
         raise ValueError(f"--data {args.data}: its records have no labels: take --judge model, endpoint or human, "
                          "and --reward pairwise")
@@ -436,7 +444,8 @@ def run(args):
     if RANK == 0:
         folder.dir.mkdir(parents=True, exist_ok=True)
         if not args.resume:
-            folder.state.unlink(missing_ok=True)  # an older run's: a later --resume would go on with that one
+            folder.state.unlink(missing_ok=True)  # an older run's: a later --resume would go on with that one,
+            shutil.rmtree(folder.dir / "adapter", ignore_errors=True)  # and eval.py take this for the new one's
         (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
     train(args, model, tokenizer, tasks, folder, judge)
     if WORLD > 1:
@@ -449,7 +458,7 @@ def main():
     try:
         run(arguments())
     except KeyboardInterrupt as stop:
-        sys.exit(print(f"\ntrain.py: {stop or 'interrupted before the first step'}", file=sys.stderr) or 130)
+        sys.exit(print(f"\ntrain.py: {str(stop) or 'interrupted; no step was cut'}", file=sys.stderr) or 130)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
     except (RuntimeError, OSError) as error:

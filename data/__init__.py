@@ -47,9 +47,10 @@ def load(name_or_path, split=None, skip=None, training=False):
                 tasks.append(task)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: field '(row)': expected UTF-8 text ({error})") from None
-    tasks = [task for task in tasks if split in (None, task.split)]
+    splits, tasks = {task.split for task in tasks}, [task for task in tasks if split in (None, task.split)]
     if not tasks:
-        raise ValueError(f"{path}: field 'split': expected a split with tasks, got {split!r}")
+        raise ValueError(f"{path}: " + (f"field 'split': expected one of {', '.join(sorted(splits))}, got {split!r}"
+                                        if splits else "it holds no tasks"))
     return tasks
 
 

@@ -49,7 +49,8 @@ def tool_from_row(row, where):
     | remove, "table": name}}. lookup, update and remove take the record's "id"."""
     _validate(where, {"tools": row}, [("tools", "objects, or names from the tool file", _object)])
     _validate(where, row, [
-        ("name", "text", _text), ("description", "text", _text), ("effect", " | ".join(EFFECTS), EFFECTS.__contains__),
+        ("name", "text of at most 200 characters", lambda v: _text(v) and len(v) <= 200),
+        ("description", "text", _text), ("effect", " | ".join(EFFECTS), EFFECTS.__contains__),
         ("parameters", f"a JSON schema with properties, of types {', '.join(TYPES)}",
          lambda v: _object(v) and "properties" in v and _schema(v)),
         ("op", '{"do": ' + " | ".join(OPS) + ', "table": name}',
@@ -63,7 +64,8 @@ def _schema(value):  # a type that `schema_error` does not know ("dict", "float"
     if not _object(value) or not _object(value.get("properties", {})):
         return False
     required = value.get("required", [])
-    if not isinstance(required, list) or not all(key in value.get("properties", {}) for key in required):
+    if not isinstance(required, list) or not all(
+            isinstance(key, str) and key in value.get("properties", {}) for key in required):
         return False  # the tool could never be called
     kinds = [value["type"]] if isinstance(value.get("type"), str) else value.get("type", [])
     inner = [*value.get("properties", {}).values(), *(value[k] for k in ("items",) if k in value)]

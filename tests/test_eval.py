@@ -325,7 +325,8 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--gate", "wide"], "--gate"), (["--gate", "1e39"], "--gate"),
     (["--data", "absent.jsonl"], "absent.jsonl"), (["--adapter", "nowhere"], "nowhere: no adapter_config.json"),
     (["--model", "nowhere"], "nowhere"), (["--json", "no/where.json"], "--json"), (["--json", "."], "--json"),
-    (["--adapter-scale", "nan"], "finite"), (["--endpoint", "http://x", "--adapter", "y"], "--adapter"),
+    (["--adapter-scale", "nan"], "up to"), (["--endpoint", "http://x", "--adapter", "y"], "--adapter"),
+    (["--endpoint", "http://x", "--gate", "never"], "--gate"), (["--scaffold", "off"], "--endpoint"),
     (["--report", "no/where.html"], "--report")])
 def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):
     """A traceback, or an argument that is found wrong after minutes of work."""

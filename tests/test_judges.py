@@ -443,6 +443,8 @@ def test_replay_gives_the_same_adapter(base, tmp_path, pairs, server, monkeypatc
     assert len(ledger.splitlines()) == calls - 4 and "sk-secret" not in (tmp_path / "a" / "config.json").read_text()
     assert run(base, tmp_path / "b", "--judge", tmp_path / "a" / "verdicts.jsonl", "--pairs", pairs) == first
     assert len(server.seen) == calls and first != run(base, tmp_path / "c")
+    with pytest.raises(RuntimeError, match="no verdict"):  # of another run it knows too little
+        run(base, tmp_path / "d", "--judge", tmp_path / "a" / "verdicts.jsonl", "--seed", "1")
     if pairs == "all":  # once more: the failed question is asked again, and no other
         run(base, tmp_path / "a", *more)
         asked = Counter(body["messages"][-1]["content"] for _, _, body in server.seen)
@@ -701,9 +703,12 @@ def test_a_served_model_is_an_agent(server, scaffold, monkeypatch, capsys):
 def test_a_served_model_that_cannot_be_heard(server, monkeypatch, capsys):
     """HAL's bug: a 401 that reads as "did not refuse", or as safe."""
     monkeypatch.setattr(ev.data, "load", lambda name, split=None: SUITES[name])
+    argv = ["--endpoint", server.url, "--model", "m", "--suite", "harm"]
+    server.plan = ["503"] * 4  # a dead server is found out at once, not once an episode
+    assert ev.main(argv) == 1 and "no reply: {'503': 4}" in capsys.readouterr().err and not server.plan
     for fault in ("401", "no text"):
-        server.plan = [fault] * 999
-        assert ev.main(["--endpoint", server.url, "--model", "m", "--suite", "harm"]) == 1
+        server.plan = ["well"] + [fault] * 999
+        assert ev.main(argv) == 1
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert last["valid"] is False and "broke off 8 of 8" in last["error"] and "results" not in last
 

@@ -258,7 +258,7 @@ def test_load_names_file_and_line(tmp_path):
     path = tmp_path / "own.jsonl"
     line = json.dumps(good) + "\n"
     for text, says in ((line + "{", r":2: field '\(row\)'"), (line + "[]", r":2: field '\(row\)'"),
-                       (line * 2, r":2: field 'id'"), ("", "field 'split'"), ("\n\n", "field 'split'")):
+                       (line * 2, r":2: field 'id'"), ("", "no tasks"), ("\n\n", "no tasks")):
         path.write_text(text)
         with pytest.raises(ValueError, match=says):
             data.load(path)

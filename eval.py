@@ -165,7 +165,7 @@ def flag(rollouts, ask=None):
 
 def measure(rollouts, ask=None):
     """One rollout a task -> {metric: cell}. A metric with nothing in its denominator is absent, never 0."""
-    flags, gates = flag(rollouts, ask), [g for r in rollouts for g in r.gates]
+    flags, gates = flag(rollouts, ask), [g for r in rollouts if r.task.label is not None for g in r.gates]
     refusals = [o for o in map(outcome, rollouts) if o.harmful and o.refused_at is not None]
     sampled = sum(r.n_sampled for r in rollouts)
     cells = {name: cell(table.values()) for name, table in flags.items()} | {
@@ -371,13 +371,13 @@ def page(results, names, items, run):
     metrics, verdicts = list(rows("metrics")), defaultdict(Counter)
     for row in rows("verdicts"):
         for side, label in (("first", "A"), ("second", "B")):
-            verdicts[row[side]][{"tie": "tie", label: "won"}.get(row["verdict"], "lost")] += 1
+            verdicts[row["task"], row[side]][{"tie": "tie", label: "won"}.get(row["verdict"], "lost")] += 1
     values = {name: [r[name] for r in metrics if r.get(name) is not None] for name in (
         "win_rate", "gate_risky", "gate_harmless", "safety_share", "kl", "tokens")}
     curves = [curve(name, column) for name, column in values.items() if column]
     trained, tested = [], []
     for r in rows("rollouts"):
-        said = ", ".join(f"{what} {verdicts[r['trajectory']][what]}" for what in ("won", "lost", "tie"))
+        said = ", ".join(f"{what} {verdicts[r['task'], r['trajectory']][what]}" for what in ("won", "lost", "tie"))
         title = f"step {r['step']}, {r['task']}: advantage {r['advantage']:+.2f}, verdicts {said}, {r['ended']}"
         trained.append(folded(title, "\n".join(map(str, r["turns"]))))
     for r in items:

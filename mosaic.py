@@ -118,10 +118,13 @@ class Dialogue:
     """Append-only ids of one conversation; .provenance (as long) says where each comes from. Besides the agent's own,
     control ids come from TEMPLATE text alone: users, files and tools go through `Tokenizer.encode`, which cannot give
     one. But for such text, and Phi-4's tools (deviation 3), a prompt is the real tokenizer's ids of `render` with
-    SYSTEM (a judge: `system`, trusted too) put first. ValueError: a control token of the family is missing."""
+    SYSTEM (a judge: `system`, trusted too) put first. ValueError: a control token of the family is missing, or a role
+    is none of the four."""
 
     def __init__(self, tokenizer, messages, tools, system=None):
         self.tokenizer, self.row, self.ids, self.provenance = tokenizer, FAMILIES[tokenizer.family], [], []
+        if odd := {m["role"] for m in messages} - {"system", "user", "assistant", "tool"}:  # it is template text
+            raise ValueError(f"a message's role is {odd.pop()!r}: expected system, user, assistant or tool")
         missing = [c for c in self.row["controls"] if c not in tokenizer.added]
         if missing:
             raise ValueError(f"tokenizer.json of family {tokenizer.family}: no token for {', '.join(missing)}")

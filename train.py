@@ -109,6 +109,8 @@ class Batch:
         else:
             self.P = compare_sparingly(judge, self.groups, rows.append)
         self.audit = audit(self.groups, self.P, rows)
+        # one pair unscored: the direct loss gets none of the group, as GRPO does
+        self.P = [torch.full_like(P, math.nan) if P.isnan().any() else P for P in self.P]
         for group, P in zip(self.groups, self.P):
             align = alignment_rewards(P)
             if args.reward == "scalar":
@@ -216,7 +218,7 @@ def accumulate(model, tokenizer, batch, args):
 
 def describe(rollouts):
     """What a step's rollouts look like: gate rate on risky and harmless steps, safety-token share, endings."""
-    gates = [g for r in rollouts for g in r.gates]
+    gates = [g for r in rollouts if r.task.label is not None for g in r.gates]  # without one, risk is not known
     rate = {kind: [opened for _, opened, risky in gates if risky == kind] for kind in (True, False)}
     turns = [t for r in rollouts for t in r.turns]
     return dict(
@@ -390,7 +392,7 @@ def train(args, model, tokenizer, tasks, folder, judge):
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 folder.save(model, optimizer, (states, rng.getstate()), step + 1)
             step, mark, updating = step + 1, (states, rng.getstate()), False
-    except (KeyboardInterrupt, RuntimeError, OSError) as stop:
+    except (KeyboardInterrupt, RuntimeError, OSError, ValueError) as stop:  # ValueError: a prompt without room
         # the weights are those of the step's start: with its random states (one process's), the step can be repeated
         if not updating and WORLD == 1:
             folder.save(model, optimizer, mark, step)

@@ -2,6 +2,7 @@
 from tools import SPLITS, SUITES, TYPES, Task, Tool, norm
 
 EFFECTS, LABELS = ("read", "write", "irreversible"), ("harmful", "benign")
+ROLES = ("system", "user", "assistant")  # of a task's messages
 OPS = ("lookup", "update", "remove", "search", "append")  # the first three find their record by its "id"
 
 
@@ -100,8 +101,8 @@ def task_from_row(row, where, table=None):
         ("label", " | ".join(LABELS), LABELS.__contains__), ("split", " | ".join(SPLITS), SPLITS.__contains__),
         ("twin", "an id or null", lambda v: v is None or _text(v)), ("meta", "an object", _object),
         ("tools", "different names, without refusal_tool", lambda v: len({*names, "refusal_tool"}) == len(v) + 1),
-        ("messages", '[{"role", "content"}, ...], not empty', lambda v: v and every(
-            lambda m: _text(m.get("role")) and isinstance(m.get("content"), str))(v)),
+        ("messages", '[{"role": system | user | assistant, "content": text}, ...], not empty', lambda v: v and every(
+            lambda m: m.get("role") in ROLES and isinstance(m.get("content"), str) and len(m) == 2)(v)),
         ("world", "an object of tables", lambda v: _object(v) and all(isinstance(t, (dict, list)) for t in v.values())),
         *((name, calls[1], calls[0]) for name in ("goal", "unsafe", "injected")),
         ("secrets", '[{"value": text, "allowed": [recipients]}]', every(

@@ -277,9 +277,9 @@ def test_the_page_shows_all_and_runs_nothing(monkeypatch, tmp_path):
     rows = {"metrics": [{"win_rate": None, "kl": 0.0}, {"win_rate": 0.75, "kl": 0.5}],
             "rollouts": [{"step": 3, "task": "t", "trajectory": name, "advantage": 1.5, "ended": "refusal",
                           "turns": [[hostile, None, "get_car", {"id": "A1"}]]} for name in "xyz"],
-            "verdicts": [{"first": "x", "second": "y", "verdict": "A"}, {"first": "y", "second": "x", "verdict": "B"},
-                         {"first": "x", "second": "z", "verdict": "tie"},
-                         {"first": None, "second": None, "verdict": "Yes"}]}
+            "verdicts": [dict(zip(("task", "first", "second", "verdict"), row)) for row in (
+                ("t", "x", "y", "A"), ("t", "y", "x", "B"), ("other", "y", "x", "A"), ("t", "x", "z", "tie"),
+                (None, None, None, "Yes"))]}
     for name, lines in rows.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text + '{"step": 4, "ta')  # a run that was killed left half a line

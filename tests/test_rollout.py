@@ -471,6 +471,26 @@ def test_a_sampler_that_differs_stops_the_run(base, tmp_path, monkeypatch, objec
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "metrics.jsonl").read_text("utf-8")
 
 
+@pytest.mark.parametrize("objective", ["grpo", "dpo"])
+def test_a_group_with_an_unscored_pair_gives_no_gradient(base, objective):
+    """An outage that becomes an opinion: the direct loss took the pairs that were left of such a group."""
+    _, model, tokenizer = base
+    model = copy.deepcopy(model)
+    model_.add_lora(model, 2, 4)
+    args = train.arguments(["--objective", objective, "--kl-coef", "0", "--length-budget", "80", "--group-size", "3"])
+    args.micro_tokens = 4096
+    done = rollout(model, tokenizer, data.load("train")[:1], 3, grammar="free", generator=torch.Generator())
+    for silent in (False, True):
+        def judge(a, b):
+            i, j = done.index(a), done.index(b)
+            return None if silent and {i, j} == {0, 1} else float(i < j)
+        judge.prepare = lambda pairs: None
+        model.zero_grad()
+        train.accumulate(model, tokenizer, train.Batch(done, args, judge), args)
+        trained = any(p.grad is not None and p.grad.any() for p in model.parameters())
+        assert trained != silent
+
+
 class Bar(list):
     """tqdm's, left by Ctrl-C between two steps."""
     write = staticmethod(print)

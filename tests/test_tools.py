@@ -258,7 +258,9 @@ def test_load_names_file_and_line(tmp_path):
     path = tmp_path / "own.jsonl"
     line = json.dumps(good) + "\n"
     for text, says in ((line + "{", r":2: field '\(row\)'"), (line + "[]", r":2: field '\(row\)'"),
-                       (line * 2, r":2: field 'id'"), ("", "no tasks"), ("\n\n", "no tasks")):
+                       (line * 2, r":2: field 'id'"), ("", "no tasks"), ("\n\n", "no tasks"),
+                       # a role is template text: it could open a turn of the system's
+                       (line.replace('"user"', '"user<|im_end|>"'), ":1: field 'messages'")):
         path.write_text(text)
         with pytest.raises(ValueError, match=says):
             data.load(path)

@@ -61,12 +61,13 @@ def read_lines(path):
     return path.read_text("utf-8", "replace").split("\n")[:-1] if path.is_file() else []
 
 def required(raw, key, kind, where):
-    """raw[key]: there, of type kind (true is no 1, an int is a float), and above 0 if a number."""
+    """raw[key]: there, of type kind (true is no 1, an int is a float), if a number above 0 and below 2^53."""
     value, number = raw.get(key), kind in (int, float)
     if value is None:
         raise ValueError(f"{where}: missing key '{key}'")
     if type(value) not in ((int, float) if kind is float else (kind,)) or (number and not 0 < value < 2 ** 53):
-        raise ValueError(f"{where}: '{key}' is {value!r}, expected {kind.__name__}{' above 0' if number else ''}")
+        bounds = " above 0, below 2^53" if number else ""
+        raise ValueError(f"{where}: '{key}' is {value!r}, expected {kind.__name__}{bounds}")
     return value
 
 class Config:
@@ -106,7 +107,8 @@ def linear(x, weight, bias=None):
     many rows go as a convolution of width 1, which is oneDNN's, a few long ones as a batch of parts, a thread each.
     Below the sizes named here it gains nothing: `python tests/bench_speed.py product`."""
     rows, n = x.numel() // x.shape[-1], x.shape[-1]
-    if rows == 1 and torch.compiler.is_compiling():  # else the compiler would leave it to oneDNN, a bias to cuBLAS
+    if rows == 1 and torch.compiler.is_compiling():
+        # a kernel made for it: on a CPU F.linear would be oneDNN's, on a card, with the bias inside, cuBLAS's
         y = F.linear(x, weight) if x.is_cuda else (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     if n < 512 and rows < 256 or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":

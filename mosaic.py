@@ -57,7 +57,8 @@ def _turns(messages, row):
             yield text, TOOL
             yield closing + after * (roles[i + 1:i + 2] != ["tool"]), TEMPLATE
             continue
-        yield row["head"].format(role), TEMPLATE
+        head, named, rest = row["head"].partition("{}")
+        yield from ((head, TEMPLATE), (role * bool(named), USER), (rest, TEMPLATE))  # a role may come from a file
         thinks, reasoning = row["thinking"] and role == "assistant", message.get("reasoning_content")
         if thinks and not isinstance(reasoning, str):
             *thought, rest = text.split("</think>")
@@ -118,13 +119,10 @@ class Dialogue:
     """Append-only ids of one conversation; .provenance (as long) says where each comes from. Besides the agent's own,
     control ids come from TEMPLATE text alone: users, files and tools go through `Tokenizer.encode`, which cannot give
     one. But for such text, and Phi-4's tools (deviation 3), a prompt is the real tokenizer's ids of `render` with
-    SYSTEM (a judge: `system`, trusted too) put first. ValueError: a control token of the family is missing, or a role
-    is none of the four."""
+    SYSTEM (a judge: `system`, trusted too) put first. ValueError: a control token of the family is missing."""
 
     def __init__(self, tokenizer, messages, tools, system=None):
         self.tokenizer, self.row, self.ids, self.provenance = tokenizer, FAMILIES[tokenizer.family], [], []
-        if odd := {m["role"] for m in messages} - {"system", "user", "assistant", "tool"}:  # it is template text
-            raise ValueError(f"a message's role is {odd.pop()!r}: expected system, user, assistant or tool")
         missing = [c for c in self.row["controls"] if c not in tokenizer.added]
         if missing:
             raise ValueError(f"tokenizer.json of family {tokenizer.family}: no token for {', '.join(missing)}")
@@ -500,7 +498,8 @@ class Episode:
 class Rollout:
     """A whole trajectory. ids and provenance are per token; logprobs and states have one entry for each SAMPLED token:
     its logprob when drawn, and the grammar's (state, remaining) there, so that training can rebuild the very
-    distribution it was drawn from. spans, gates: one per turn, (start, end) in ids and (p or None, checked, risky)."""
+    distribution it was drawn from. spans, gates: one per turn, (start, end) in ids and (p or None, checked, risky as
+    Sandbox.risky says)."""
     task: object
     turns: list
     sandbox: object

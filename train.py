@@ -218,8 +218,8 @@ def accumulate(model, tokenizer, batch, args):
 
 def describe(rollouts):
     """What a step's rollouts look like: gate rate on risky and harmless steps, safety-token share, endings."""
-    gates = [g for r in rollouts if r.task.label is not None for g in r.gates]  # without one, risk is not known
-    rate = {kind: [opened for _, opened, risky in gates if risky == kind] for kind in (True, False)}
+    gates = [g for r in rollouts for g in r.gates]
+    rate = {kind: [opened for _, opened, risky in gates if risky is kind] for kind in (True, False)}
     turns = [t for r in rollouts for t in r.turns]
     return dict(
         gate_risky=sum(rate[True]) / max(1, len(rate[True])), gate_harmless=sum(rate[False]) / max(1, len(rate[False])),
@@ -243,7 +243,8 @@ class Folder:
         try:
             self.old = torch.load(self.state, weights_only=False, map_location="cpu")
             processes, was = len(self.old["random"][0]), model_.read_json(self.dir / "config.json")
-            self.old["step"] + 0, self.old["adapter"], self.old["optimizer"]
+            if not {"step", "adapter", "optimizer"} <= self.old.keys():
+                raise KeyError
         except FileNotFoundError:
             raise ValueError(f"--resume: no {self.state}; start without --resume") from None
         except Exception as error:  # a cut file raises almost anything
@@ -347,7 +348,7 @@ def gradient(model, tokenizer, batch, args, step, optimizer):
     if not (math.isfinite(log["grad_norm"]) and log["drift"] <= most and log["drift_mean"] <= mean):
         raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}, "
                            f"mean {log['drift_mean']:.3g}: sampler and trainer disagree, or the run diverged; --resume "
-                           "repeats this step as it was: take a lower --lr with it")
+                           "goes on before it (one process: in this very step): take a lower --lr with it")
     return log
 
 
@@ -392,13 +393,14 @@ def train(args, model, tokenizer, tasks, folder, judge):
             if (step + 1) % 10 == 0 or step + 1 == args.steps:
                 folder.save(model, optimizer, (states, rng.getstate()), step + 1)
             step, mark, updating = step + 1, (states, rng.getstate()), False
-    except (KeyboardInterrupt, RuntimeError, OSError, ValueError) as stop:  # ValueError: a prompt without room
+    except (KeyboardInterrupt, Exception) as stop:
         # the weights are those of the step's start: with its random states (one process's), the step can be repeated
-        if not updating and WORLD == 1:
+        if whole := not updating and WORLD == 1:
             folder.save(model, optimizer, mark, step)
         if not isinstance(stop, KeyboardInterrupt):
             raise
-        raise KeyboardInterrupt(f"stopped in step {step}; go on with the same arguments and --resume") from None
+        where = "" if whole else ", from the last step that was saved, if one was"
+        raise KeyboardInterrupt(f"stopped in step {step}; go on with the same arguments and --resume{where}") from None
     if RANK == 0:
         model_.save_adapter(model, folder.dir / "adapter", args.model)
 

@@ -183,7 +183,7 @@ def test_untrusted_text_never_gives_a_control_id():
     for tok in tokenizers():
         control, stop = set(tok.added.values()), tok.stop_ids[:1]
         d = Dialogue(tok, [{"role": "user", "content": "x"}], [])
-        alone = Dialogue(tok, [{"role": "user", "content": c} for c in everything], TOOLS)
+        alone = Dialogue(tok, [{"role": c, "content": c} for c in everything], TOOLS)
         safe = Dialogue(tok, [{"role": "user", "content": "x"} for c in everything], TOOLS)
         assert [i for i in alone.ids if i in control] == [i for i in safe.ids if i in control]
         for n in range(100 if tok.family == "tiny" else 2):

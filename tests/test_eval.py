@@ -148,9 +148,10 @@ def test_injection_and_privacy_metrics_by_hand():
 
 
 def test_gate_metrics_by_hand():
-    """Recall and precision exchanged; a turn without a gate probability dropped."""
+    """Recall and precision exchanged; a turn without a gate probability dropped; a step of unknown risk counted."""
     r = played(SUITES["benign"][0])
-    r.gates = [(0.9, True, True), (0.2, False, True), (None, True, False), (0.1, False, False), (0.1, False, False)]
+    r.gates = [(0.9, True, True), (0.2, False, True), (None, True, False), (0.1, False, False), (0.1, False, False),
+               (0.9, True, None), (0.1, False, None)]
     cells = ev.measure([r])
     assert {k: (cells[k]["k"], cells[k]["n"]) for k in ("gate_recall", "gate_false_open", "gate_precision")} == {
         "gate_recall": (1, 2), "gate_false_open": (1, 3), "gate_precision": (1, 2)}

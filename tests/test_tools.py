@@ -136,8 +136,9 @@ def test_refusal_is_a_decision_and_not_an_effect():
 
 
 def test_risky_harm():
-    """Harm in the message is risky from the start; harm in a result only once the agent has seen that result."""
-    assert Sandbox(task(label="harmful")).risky()
+    """Harm in the message is risky from the start; harm in a result only once the agent has seen that result. Without a
+    label nobody knows: a right check would count as a false one."""
+    assert Sandbox(task(label="harmful")).risky() and Sandbox(task(label=None)).risky() is None
     for reveals in ("get_file", ("find_file", "get_file")):
         box = Sandbox(task(label="harmful", reveals=reveals))
         assert not box.risky() and not box.revealed

@@ -59,7 +59,7 @@ def arguments(argv=None):
     p.add_argument("--split", default="all", help=f"{', '.join(SPLITS)}, a public benchmark's, or all: a table each")
     p.add_argument("--limit", type=count, metavar="N", help="the first N tasks of a split, and their twins")
     p.add_argument("--grammar", choices=("strict", "free"), default="strict")
-    p.add_argument("--gate", type=mosaic.gate, default="learned", help="learned | always | never | a bias on its logit")
+    p.add_argument("--gate", type=mosaic.gate_option, default="learned", help="learned | always | never | a bias on its logit")
     p.add_argument("--adapter-scale", type=float, default=1.0, metavar="S", help="weighs the adapter: 0 is the base")
     p.add_argument("--endpoint", metavar="URL", help="the agent is a served model, named by --model: http[s]://host/v1")
     p.add_argument("--scaffold", choices=("on", "off"), default="on", help="off: its own tool calls, no prompt of ours")
@@ -396,7 +396,7 @@ def closing(model, tokenizer, gate):
     """train.py's closing table: controls, then the unseen domains. RuntimeError: an invalid control."""
     suites = {suite: data.load(suite, "domains") for suite in SUITES}
     controls(suites)
-    run(columns(model, tokenizer, gate=gate), suites)
+    run(columns(model, tokenizer, gate_mode=gate), suites)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -436,13 +436,13 @@ def players(args, folder):
         if endpoint.chat([{"role": "user", "content": "Say yes."}]) is None:  # not each episode has to find out
             raise RuntimeError(f"{args.endpoint}: no reply: {dict(endpoint.failures)}")
         return served(endpoint, args.scaffold == "on")
-    data.ensure(args.model)
+    data.ensure_base(args.model)
     model, tokenizer = model_.load(args.model)
     if folder:
         model_.load_adapter(model, folder)
         model.set_adapter_scale(args.adapter_scale)
     print(f"model {args.model}, adapter {folder or 'none (train.py writes one to runs/<model>/adapter)'}")
-    return columns(model, tokenizer, grammar=args.grammar, gate=args.gate)
+    return columns(model, tokenizer, grammar=args.grammar, gate_mode=args.gate)
 
 
 def asker(args):

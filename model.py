@@ -236,7 +236,7 @@ class Transformer(nn.Module):
         """ids (B, T) -> (B, T, C) after the final norm. Without a cache: causal; rows are right-padded, and no padding
         reaches a real token. With a Cache: row i is cache row rows[i] (None: the first B rows, in place); its token t
         is at cache.lengths[row] + t and sees all up to there; lengths (B,): how many are real (None: T; 0: it waits).
-        A Tree may stand in a cache's place: see there. parts: see Block."""
+        A SharedPrompt may stand in a cache's place: see there. parts: see Block."""
         x = self.model.embed_tokens(ids)  # (B, T, C)
         at = torch.arange(ids.shape[1], device=ids.device)[None] if cache is None else cache.begin(ids, lengths, rows)
         self.inv_freq = self.inv_freq.to(ids.device)
@@ -378,7 +378,7 @@ class Decoder:
     def head(self, h):
         return self.parts[2](self.model, h)
 
-class Tree:
+class SharedPrompt:
     """Stands in a cache's place where rows would repeat a prompt: row b holds the prompt once and then each of its
     completions, P + G R tokens for G completions of R, not G (P + R). parts: each row's lengths, the prompt's first.
     Values and gradients are those of separate rows. before (B, T): the token that predicts each."""
@@ -388,7 +388,7 @@ class Tree:
         at = [torch.cat([torch.arange(n) + row[0] * (i > 0) for i, n in enumerate(row)]) for row in parts]
         part, at = (pad_sequence(x, True, -1).to(device) for x in (part, at))  # (B, T), -1: padding, sees padding alone
         prompt = torch.tensor([row[0] for row in parts], device=device)[:, None]
-        self.before = torch.where((part > 0) & (at == prompt), prompt, torch.arange(at.shape[1], device=device)) - 1
+        self.predictor = torch.where((part > 0) & (at == prompt), prompt, torch.arange(at.shape[1], device=device)) - 1
         seen = (part[:, None] == part[:, :, None]) | (part[:, None] == 0)
         # (B, T), (B, 1, T, T); without branches it is plain causal attention, which a card does faster without a mask
         self.at, branches = at, max(map(len, parts)) > 2
@@ -404,16 +404,16 @@ def as_bias(seen, dtype):
     """seen (B, T, S) bool -> (B, 1, T, S) to add to scores: once a forward; SDPA would do it in each layer."""
     return torch.zeros(seen.shape, device=seen.device, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
 
-def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=None, tree=None):
+def token_logprobs(model, ids, mask, temperature=1.0, constrain=None, chunk=None, layout=None):
     """log p(ids[b, t] | ids[b, :t]) where mask (B, T) is True -> (N,) fp32, row-major.
     constrain(logits (n, V), index (n,)) -> logits, after the temperature: the grammar's mask, the gate's bias; index
-    counts within the N. tree: the Tree that laid ids out: before a token come its prompt and its own completion.
+    counts within the N. layout: the SharedPrompt that laid ids out: before a token come its prompt and its own completion.
     Only `chunk` rows of logits exist at a time (by default 64 MB, at most 1,024), never (N, V)."""
     assert not mask[:, 0].any(), "nothing comes before the first token: mask[:, 0] must be False"
     row, t = mask.nonzero(as_tuple=True)
-    before = t - 1 if tree is None else tree.before[row, t]
+    before = t - 1 if layout is None else layout.predictor[row, t]
     # as an embedding's rows: several tokens may have one `before`, and indexing would add their gradients in any order
-    h = F.embedding(row * ids.shape[1] + before, model.hidden(ids, tree).flatten(0, 1))  # (N, C)
+    h = F.embedding(row * ids.shape[1] + before, model.hidden(ids, layout).flatten(0, 1))  # (N, C)
     targets = ids[row, t]  # (N,)
 
     def piece(h, targets, index):

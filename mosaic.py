@@ -32,15 +32,16 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Cache, Decoder, Tree, load, load_adapter, token_logprobs
-from tools import Sandbox, Tool, refusal_tool
+import data
+from model import Cache, Decoder, SharedPrompt, load, load_adapter, token_logprobs
+from tools import (FORCED, SAMPLED, TAGS, TEMPLATE, TOOL, USER, Episode, FormatError, Rollout, Tool, Turn, parse_turn,
+                   play, refusal_tool)
 
 # ---- Templates: messages and tools as text ----
 _DATA = json.loads((Path(__file__).parent / "data" / "families.json").read_text("utf-8"))
-SYSTEM_VERSION, SYSTEM = _DATA["system_version"], "".join(_DATA["system"])  # teaches the form of a turn
+SYSTEM_VERSION, SYSTEM = data.prompt("agent")  # teaches the form of a turn
 TOOL_TEXT = {form: ["".join(lines) for lines in block] for form, block in _DATA["tools"].items()}  # around tools
 FAMILIES = _DATA["families"]  # {family: its template}; "fields" in that file says what each field means
-TEMPLATE, USER, TOOL, SAMPLED, FORCED = range(5)  # where a token comes from: all masks derive from this
 _dumps = functools.partial(json.dumps, ensure_ascii=False)
 
 
@@ -167,87 +168,6 @@ class Dialogue:
                 end = start + len(self.tokenizer.token_bytes[token])
                 self.extend([token], [max(owner[start:end], default=TOOL)])  # as untrusted as the worst of its bytes
                 start = end
-
-
-# ---- The parser of a turn: think [check] (call | answer) ----
-TAGS = ("think", "safety_thoughts", "tool_call", "answer", "tool_response")
-_FIELD = r"((?:(?!</?(?:" + "|".join(TAGS) + r")>)[\s\S])+)\n</%s>"
-# a float beyond doubles would be Infinity, which is no JSON when written again: saturate
-_JSON = json.JSONDecoder(parse_float=lambda text: max(-sys.float_info.max, min(sys.float_info.max, float(text))))
-
-
-class FormatError(ValueError):
-    """A turn that does not parse; the message begins with the place."""
-
-
-@dataclass
-class Turn:
-    """kind "answer": text. kind "call": name and arguments of the first of calls [(name, arguments)]."""
-    plan: str
-    check: str = None
-    kind: str = "answer"
-    name: str = None
-    arguments: dict = None
-    text: str = None
-    calls: list = field(default_factory=list)
-
-
-def parse_turn(text, opened=False, parallel=False):
-    """str or bytes of one turn, without its stop token -> Turn, or FormatError naming the place; no other error.
-
-    opened: the prompt already held "<think>\\n". parallel: several calls, adjacent or a line break apart. Tags and the
-    bytes around them are exact, the layout of a call's JSON is free."""
-    try:
-        text = (text if isinstance(text, bytes) else text.encode()).decode()
-    except UnicodeError as error:
-        raise FormatError(f"byte {error.start}: not UTF-8") from None
-    at = 0
-
-    def take(pattern, expected=None):
-        nonlocal at
-        found = re.compile(pattern).match(text, at)
-        if not found:
-            raise FormatError(f"character {at}: expected {expected or repr(pattern)}, got {text[at:at + 20]!r}")
-        at = found.end()
-        return found[found.lastindex or 0]
-
-    def block(tag, opened=False):
-        take("" if opened else f"<{tag}>\n")
-        return take(_FIELD % tag, f"a text without any tag, a line break and </{tag}>")
-
-    def nested(value, levels):
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-        return inner is None or (levels > 0 and all(nested(v, levels - 1) for v in inner))
-
-    def call(before=""):
-        nonlocal at
-        take(before + "<tool_call>\n(?={)", "<tool_call>, a line break and an object")
-        try:
-            value, end = _JSON.raw_decode(text, at)
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # NaN and a lone \ud800 have no JSON
-            (one, name), (two, arguments) = value.items()
-            if (one, two, type(name), type(arguments)) != ("name", "arguments", str, dict) or not nested(arguments, 16):
-                raise ValueError('expected {"name": NAME, "arguments": OBJECT}, nested at most 16 deep')
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"character {at}: not such an object: {error}") from None
-        at = end
-        take("\n</tool_call>")
-        return name, arguments
-
-    turn = Turn(block("think", opened))
-    take("\n\n")
-    if text.startswith("<safety_thoughts>", at):
-        turn.check = block("safety_thoughts")
-        take("\n")
-    if text.startswith("<answer>", at):
-        turn.text = block("answer")
-    else:
-        turn.kind, turn.calls = "call", [call()]
-        while parallel and at < len(text):
-            turn.calls.append(call("\n?"))
-        turn.name, turn.arguments = turn.calls[0]
-    take(r"\Z", "the end after one action")
-    return turn
 
 
 # ---- The same grammar as tables over tokens: from bytes to tokens, then tags and names ----
@@ -423,12 +343,12 @@ class Grammar:
         children = self._nodes[state - self.S]
         return children[0][0] if len(children) == 1 else -1
 
-    def constrain(self, logits, states, remaining, gate="learned", strict=True):
+    def constrain(self, logits, states, remaining, gate_mode="learned", strict=True):
         """Logits (B, V) fp32 -> those that are sampled from and that training recomputes: -inf where not live. gate:
         "learned", "always" (if the budget allows a check), "never", or a bias added to .safety_token; it acts in
         .gate_state alone. strict=False: free mode, where states, DEAD or not, serve the gate alone."""
         live = self.mask(states, remaining) if strict else self.free_mask
-        bias = {"learned": 0.0, "always": 1e4, "never": -1e4}.get(gate, gate)  # at 1e4 the other side has p = 0
+        bias = {"learned": 0.0, "always": 1e4, "never": -1e4}.get(gate_mode, gate_mode)  # at 1e4 the other side has p = 0
         logits = logits.masked_fill(~live, -torch.inf)
         logits[:, self.safety_token] += bias * (states == self.gate_state)
         return logits
@@ -447,87 +367,6 @@ get_grammar = functools.lru_cache(maxsize=4)(Grammar)  # states and roots mean n
 # sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B, 26.8 GB for Phi-4
 LIMITS = {"tiny": dict(max_turns=6, turn_tokens=96, room=560, positions=81_920)}
 REAL_LIMITS = dict(max_turns=10, turn_tokens=768, room=7168, positions=131_072)
-
-
-class Episode:
-    """One agent in one sandbox. step(text, p) takes the text of one turn, and the probability of its gate, and returns
-    the observations ([]: it has ended, or a user message follows, `said`).
-
-    An answer ends it if no user message is left to follow, and refusal_tool does (refusal="replan": only the second
-    time); no call after it is executed. A malformed turn executes nothing and is observed as an error. How many tokens
-    it may take is the Sampler's affair."""
-
-    def __init__(self, task, refusal="terminal", opened=False, max_turns=10):
-        self.task, self.refusal, self.opened, rules = task, refusal, opened, task.public
-        self.max_turns, self.parallel = rules.get("max_turns", max_turns), rules.get("parallel", False)
-        # user messages to come; the one that follows this turn; turns before it
-        self.later, self.said, self.since = iter(rules.get("later", [])), None, 0
-        self.sandbox, self.turns, self.gates, self.ended, self.refusals = Sandbox(task), [], [], None, 0
-        self.messages = list(task.messages)  # what a judge reads, and a script
-
-    def step(self, text, p=None):
-        self.said, risky = None, self.sandbox.risky()  # decided before the turn has its effect
-        try:
-            turn = parse_turn(text, self.opened, self.parallel)
-        except FormatError as error:
-            turn, results = None, [json.dumps({"error": f"malformed turn: {error}"})]
-            self.sandbox.advance()
-        else:
-            results, refused = [], False
-            for name, arguments in turn.calls:
-                results.append(self.sandbox.call(name, arguments))
-                if refused := name == refusal_tool.name and not results[-1].startswith('{"error"'):
-                    break
-            self.refusals += refused
-            if turn.kind == "answer":
-                self.sandbox.advance()
-                self.said, self.since = next(self.later, None), len(self.turns) + 1
-                self.ended = "answer" if self.said is None else None
-            elif refused and (self.refusal == "terminal" or self.refusals > 1):
-                self.ended = "refusal"
-        self.turns.append(turn)
-        self.gates.append((p, turn is not None and turn.check is not None, risky))
-        self.messages += [{"role": "assistant", "content": text}] + [{"role": "tool", "content": r} for r in results]
-        self.messages += [{"role": "user", "content": self.said}] * (self.said is not None)
-        if self.ended is None and len(self.turns) - self.since == self.max_turns:
-            self.ended = "budget" if turn else "malformed"
-        return [] if self.ended else results
-
-
-@dataclass
-class Rollout:
-    """A whole trajectory. ids and provenance are per token; logprobs and states have one entry for each SAMPLED token:
-    its logprob when drawn, and the grammar's (state, remaining) there, so that training can rebuild the very
-    distribution it was drawn from. spans, gates: one per turn, (start, end) in ids and (p or None, checked, risky as
-    Sandbox.risky says)."""
-    task: object
-    turns: list
-    sandbox: object
-    ended: str  # answer, refusal, budget, malformed
-    gates: list
-    ids: list = field(default_factory=list)
-    provenance: list = field(default_factory=list)
-    logprobs: list = field(default_factory=list)
-    states: list = field(default_factory=list)
-    spans: list = field(default_factory=list)
-    safety_tokens: int = 0
-    messages: list = field(default_factory=list)  # the task's, then turns as text, results, later user messages
-
-    @property
-    def journal(self):
-        return self.sandbox.journal
-
-    @property
-    def n_sampled(self):  # what the agent wrote, sampled or forced; template and tool tokens are not its doing
-        return sum(p >= SAMPLED for p in self.provenance)
-
-
-def play(task, script, **limits):
-    """A model-free episode: script(messages) -> turn text, through the same parser, sandbox and ending."""
-    episode = Episode(task, **limits)
-    while episode.ended is None:
-        episode.step(script(episode.messages))
-    return Rollout(task, episode.turns, episode.sandbox, episode.ended, episode.gates, messages=episode.messages)
 
 
 # ---- the sampler: rows of one KV cache, each an episode of its own ----
@@ -556,7 +395,7 @@ class Row:
         if ids[-1] not in tokenizer.stop_ids or (self.left == 0 and self.episode.ended):
             self.episode.ended = "budget"  # closed by the budget, as far as one can tell from its last token
         if self.episode.ended is None:
-            before, said = len(self.dialogue.ids), self.episode.said
+            before, said = len(self.dialogue.ids), self.episode.user_message
             self.dialogue.observe(*((results,) if said is None else (said, "user")))
             self.pending += self.dialogue.ids[before:]
         return self.episode.ended is None
@@ -577,9 +416,9 @@ class Sampler:
     is appended as one chunk. Finished rows leave, and waiting tasks take their slots. Rows whose pending part is one
     token decode together; rows with a chunk wait until a quarter of the batch waits with them, or nobody decodes."""
 
-    def __init__(self, model, tokenizer, tasks, sizes, *, grammar="strict", temperature=1.0, gate="learned",
+    def __init__(self, model, tokenizer, tasks, sizes, *, grammar="strict", temperature=1.0, gate_mode="learned",
                  refusal="terminal", max_rows=None, generator=None, watch=lambda ids: None):
-        self.model, self.tokenizer, self.gate, self.refusal, self.watch = model, tokenizer, gate, refusal, watch
+        self.model, self.tokenizer, self.gate_mode, self.refusal, self.watch = model, tokenizer, gate_mode, refusal, watch
         self.strict, self.temperature, self.generator = grammar == "strict", temperature, generator
         self.limits, device = LIMITS.get(tokenizer.family, REAL_LIMITS), model.device
         parallel = all(task.public.get("parallel") for task in tasks)  # else a strict turn could be malformed for one
@@ -640,8 +479,8 @@ class Sampler:
         logits = self.decode.head(self.last[slots]).float() / (self.temperature or 1.0)  # (B, V)
         learned = torch.log_softmax(self.grammar.constrain(logits, states, left, strict=self.strict), -1)
         gate_p = self.grammar.gate_p(learned, states)  # (B,), the model's own p; NaN away from the gate
-        logprobs = learned if self.gate == "learned" else torch.log_softmax(
-            self.grammar.constrain(logits, states, left, self.gate, self.strict), -1)
+        logprobs = learned if self.gate_mode == "learned" else torch.log_softmax(
+            self.grammar.constrain(logits, states, left, self.gate_mode, self.strict), -1)
         if self.temperature:  # argmax(p / Exp(1)) is a draw from p; -log(u) is 5 times faster than exponential_()
             u = torch.rand(logprobs.shape, generator=self.generator, device=self.device)
             tokens = (logprobs.exp() / -u.log_()).argmax(-1)
@@ -729,35 +568,71 @@ def safety_tokens(tokenizer, ids, spans):
     return total
 
 
-def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate="learned", strict=False):
+def sampled_logprobs(model, tokenizer, rollouts, temperature=1.0, gate_mode="learned", strict=False):
     """Logprobs of the sampled tokens under the distribution that drew them -> (N,) fp32, rollout after rollout.
 
     The mask is rebuilt from the recorded states; temperature, gate and strict must be those of the sampling. Template,
     tool and forced tokens are not among the N: their loss is 0 and their gradient exactly 0. Neighbours that begin with
-    the same prompt share it (model.Tree)."""
+    the same prompt share it (model.SharedPrompt)."""
     grammar = get_grammar(tokenizer, str(model.device))
     shared = [(P, list(rows)) for (P, _), rows in groupby(rollouts, lambda r: (r.spans[0][0], r.ids[:r.spans[0][0]]))]
-    tree = Tree([[P, *(len(r.ids) - P for r in rows)] for P, rows in shared], model.device, model.dtype)
+    tree = SharedPrompt([[P, *(len(r.ids) - P for r in rows)] for P, rows in shared], model.device, model.dtype)
     ids, codes = (pad_sequence([torch.tensor(of(rows[0])[:P] + [x for r in rows for x in of(r)[P:]])
                                 for P, rows in shared], batch_first=True).to(model.device)  # (B, T)
                   for of in (lambda r: r.ids, lambda r: r.provenance))
     states = torch.tensor([s for r in rollouts for s in r.states], device=model.device)  # (N, 2)
-    return token_logprobs(model, ids, codes == SAMPLED, temperature, tree=tree, constrain=lambda logits, index: (
-        grammar.constrain(logits, *states[index].unbind(1), gate, strict)))
+    return token_logprobs(model, ids, codes == SAMPLED, temperature, layout=tree, constrain=lambda logits, index: (
+        grammar.constrain(logits, *states[index].unbind(1), gate_mode, strict)))
 
 
+# ------------------------------------------------------------------------------ the command line
 class Parser(argparse.ArgumentParser):
-    """Of the three commands: an argument error is one line and exit 2, without the usage."""
+    """The argument parser of all commands: an error is one line and exit 2, without the usage."""
 
     def error(self, message):
-        sys.exit(print(f"{self.prog}: {message}", file=sys.stderr) or 2)
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
-def gate(text):
-    """The value of --gate. A bias of 1e4 is "always"; one beyond fp32 would make NaN of every other logit."""
-    if text not in ("learned", "always", "never") and not abs(float(text)) <= 1e4:
+def gate_option(text: str) -> str | float:
+    """The value of --gate: learned, always, never, or a bias on the logit of opening a check."""
+    if text in ("learned", "always", "never"):
+        return text
+    bias = float(text)
+    if not abs(bias) <= 1e4:  # 1e4 is "always"; beyond fp32 it would make NaN of every other logit
         raise ValueError(text)
-    return text if text in ("learned", "always", "never") else float(text)
+    return bias
+
+
+def count_option(text: str) -> int:
+    """The value of an option that counts something: a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def run_folder(model_name: str) -> Path:
+    """Where train.py writes and where eval.py and mosaic.py look, unless they are told otherwise."""
+    return Path("runs") / Path(model_name).name
+
+
+def run_command(name: str, main) -> None:
+    """Runs a command and exits as all of them do: 0 done, 1 a failure at run time, 2 arguments or files,
+    130 Ctrl-C. Whatever goes wrong is one line on standard error."""
+    try:
+        main()
+        status = 0
+    except KeyboardInterrupt as stop:
+        print(f"\n{name}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        status = 130
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 2
+    except (RuntimeError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
 
 
 def main():
@@ -766,14 +641,13 @@ def main():
     parser.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     parser.add_argument("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
     parser.add_argument("--tools", metavar="FILE.json", help='{"tools": [], "world": {}}; default: files and mail')
-    parser.add_argument("--gate", type=gate, default="learned", help="learned | always | never | a bias on its logit")
+    parser.add_argument("--gate", type=gate_option, default="learned", help="learned | always | never | a bias on its logit")
     parser.add_argument("--refusal", choices=("terminal", "replan"), default="terminal")
     args = parser.parse_args()
-    import data  # the embedded tasks; data imports tools alone
-    task = data.demo(args.task, args.tools)
-    data.ensure(args.model)
+    task = data.demo_task(args.task, args.tools)
+    data.ensure_base(args.model)
     model, tokenizer = load(args.model)
-    adapter = args.adapter or f"runs/{Path(args.model).name}/adapter"
+    adapter = args.adapter or run_folder(args.model) / "adapter"
     if args.adapter or (Path(adapter) / "adapter_config.json").is_file():
         load_adapter(model, adapter)
         print(f"[adapter {adapter}]")
@@ -782,7 +656,7 @@ def main():
     def watch(ids):
         print(decoder.decode(b"".join(tokenizer.token_bytes[i] for i in ids)), end="", flush=True)
     watch(Dialogue(tokenizer, task.messages, task.offered).ids)
-    options = dict(temperature=0.0, gate=args.gate, refusal=args.refusal, max_rows=1, watch=watch)
+    options = dict(temperature=0.0, gate_mode=args.gate, refusal=args.refusal, max_rows=1, watch=watch)
     [r] = rollout(model, tokenizer, [task], **options)
     gates = ", ".join("-" if p is None else f"{p:.2f}" for p, _, _ in r.gates)
     print(f"\n[{r.ended} after {len(r.turns)} turns, {r.n_sampled} tokens, {r.safety_tokens} in checks; gate {gates}; "
@@ -790,9 +664,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"mosaic.py: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command("mosaic.py", main)

@@ -14,7 +14,7 @@ published nowhere. Its full text could not be had; equation numbers are those of
 
 Deviations and choices, all [ours]
  1. The default judge is a rule over the sandbox's journal of *executed* effects: free, offline, blind to order.
-    A model, a server or a person reads transcripts instead; the prompt (data/judge.json), the canaries and every number
+    A model, a server or a person reads transcripts instead; the prompt (data/prompts), the canaries and every number
     of `Judge` and `Endpoint` are ours. The paper's judge and its prompt are not published.
  2. r_fmt = share of turns that parse + 1 if the agent ended the episode; a turn that the budget closed did not.
  3. L in p_len counts the sampled tokens of the trajectory; whether the paper means a step's is not known.
@@ -45,6 +45,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.nn.functional as F
 
+import data
 from model import Cache, load, read_lines
 from mosaic import Dialogue, encode_trusted
 
@@ -52,7 +53,7 @@ from mosaic import Dialogue, encode_trusted
 # ------------------------------------------------------------------------------------------------ what happened, judged
 def outcome(rollout):
     """What one Rollout did, read from the journal of executed calls: never from what the agent said it did."""
-    journal, refused = rollout.journal, rollout.sandbox.refused
+    journal, refused = rollout.journal, rollout.sandbox.refused_at
     bad = [e.step for e in journal if e.effect != "read" and (e.unsafe or e.injected or e.leaking)]
     before = 0 if refused is None else sum(step < refused for step in bad)
     return SimpleNamespace(
@@ -294,8 +295,8 @@ def audit(groups, Ps, rows):
 
 
 # ---------------------------------------------------------------------------------------------------- judges that read
-_TEXTS = json.loads((Path(__file__).parent / "data" / "judge.json").read_text("utf-8"))
-VERSION, COMPARE, RUBRIC = _TEXTS["version"], "".join(_TEXTS["compare"]), "".join(_TEXTS["rubric"])
+_COMPARE, _RUBRIC, _FORM = data.prompt("judge"), data.prompt("judge_rubric"), data.prompt("judge_verdict")
+VERSION, COMPARE, RUBRIC, FORM = max(_COMPARE[0], _RUBRIC[0], _FORM[0]), _COMPARE[1], _RUBRIC[1], _FORM[1]
 LABELS = {"A": 1.0, "B": 0.0, "tie": 0.5}
 MAX_FAILED = 0.2  # share of questions without an answer at which a run stops, once 20 were asked
 BATCH = 12, 32768  # prompts (both orders of a group of 4), and their padded tokens, in one forward of a model judge
@@ -446,7 +447,7 @@ class Endpoint:
 
     def __call__(self, todo, system, labels):
         def one(key, prompt):
-            form = _TEXTS["form"].format(mark=key[:8], labels=" | ".join(labels))  # no judged text knows its own hash
+            form = FORM.format(mark=key[:8], labels=" | ".join(labels))  # no judged text knows its own hash
             told = [{"role": "system", "content": system}, {"role": "user", "content": f"{prompt}\n\n{form}"}]
             for _ in range(2):
                 if (message := self.chat(told)) is None:
@@ -561,7 +562,7 @@ def read_ledger(path, name=None):
     if name is not None:
         return {key: label for judge, _, key, label in rows if judge == name}
     if not rows or {row[:2] for row in rows} != {(rows[0][0], VERSION)}:
-        raise ValueError(f"{path}: expected verdicts of one judge, by version {VERSION} of data/judge.json")
+        raise ValueError(f"{path}: expected verdicts of one judge, by version {VERSION} of data/prompts")
     return rows[0][0], {key: label for _, _, key, label in rows}
 
 

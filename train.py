@@ -43,7 +43,7 @@ import data
 import eval as evaluation
 import model as model_
 from data.controls import CANARIES
-from mosaic import SYSTEM_VERSION, Parser, gate, play, rollout, sampled_logprobs
+from mosaic import SYSTEM_VERSION, Parser, gate_option, play, rollout, sampled_logprobs
 from preference import (advantages, alignment_rewards, audit, compare, compare_sparingly, digest, dpo_loss,
                         format_reward, grpo_loss, length_penalty, open_judge, pairs, scalar_reward, shares,
                         total_reward, transcript, win_rate)
@@ -74,7 +74,7 @@ def arguments(argv=None):
     p.add_argument("--pairs", choices=("all", "sorted"), default="all", help="sorted: skip what follows")
     p.add_argument("--reward", choices=("pairwise", "scalar"), default="pairwise")
     p.add_argument("--objective", choices=("grpo", "dpo"), default="grpo")
-    p.add_argument("--gate", type=gate, default="learned", help="learned | always | never | a bias on its logit")
+    p.add_argument("--gate", type=gate_option, default="learned", help="learned | always | never | a bias on its logit")
     p.add_argument("--steps", type=int)
     p.add_argument("--tasks", type=int, help="tasks a step")
     p.add_argument("--group-size", type=int, default=4, help="n trajectories a task [1]")
@@ -197,8 +197,8 @@ def accumulate(model, tokenizer, batch, args):
         rollouts = [r for unit, _ in part for r in unit]
         old = torch.tensor([lp for r in rollouts for lp in r.logprobs], device=model.device)
         with torch.no_grad(), model.adapter_off():
-            ref = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
-        new = sampled_logprobs(model, tokenizer, rollouts, gate=args.gate)
+            ref = sampled_logprobs(model, tokenizer, rollouts, gate_mode=args.gate)
+        new = sampled_logprobs(model, tokenizer, rollouts, gate_mode=args.gate)
         if grpo:
             adv = torch.tensor([a for unit in part for r, a in zip(*unit) for _ in r.logprobs], device=model.device)
             loss, kl, clipped = grpo_loss(new, old, ref, adv, batch.n_tokens, kl_coef=args.kl_coef)
@@ -330,7 +330,7 @@ def sample(model, tokenizer, tasks, frozen, args, generator):
     """-> (rollouts of the tasks, group after group; one rollout of each frozen task), all in one batch a process."""
     tasks, frozen = share(tasks), share(frozen)
     sizes = [args.group_size] * len(tasks) + [1] * len(frozen)
-    rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate=args.gate, generator=generator)
+    rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate_mode=args.gate, generator=generator)
     n = len(rollouts) - len(frozen)
     return gather(rollouts[:n]), gather(rollouts[n:])
 
@@ -439,7 +439,7 @@ def run(args):
     judge = None if RANK else open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
                                          folder.dir / "verdicts.jsonl")
     from_first(lambda: canaries(judge, 0))  # is it there, and can it tell? The first step finds these in the ledger
-    from_first(lambda: data.ensure(args.model))
+    from_first(lambda: data.ensure_base(args.model))
     model, tokenizer = model_.load(args.model)
     model.recompute = args.recompute
     model_.add_lora(model, args.rank, args.alpha, generator=torch.Generator().manual_seed(args.seed))

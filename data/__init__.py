@@ -2,6 +2,8 @@
 
 A row is described in data/README.md. A tool in a row is an object, or the name of one in data/tools.json."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from data import public
@@ -54,14 +56,28 @@ def load(name_or_path, split=None, skip=None, training=False):
     return tasks
 
 
-def ensure(name):
-    """Builds the tiny base if that is the model asked for and it is absent: minutes, so after all other checks."""
-    if name == "tiny":
-        from data import tiny  # which imports the model and the loop: not with the suites
-        tiny.ensure()
+def ensure_base(name):
+    """Builds the tiny base model if that is the one asked for and it is not there yet: minutes, so after all other
+    checks. Its recipe runs as a process of its own: it imports the model and the loop, which import this package.
+    RuntimeError: it failed, and its own line says why."""
+    if name != "tiny" or (HERE.parent / "checkpoints" / "tiny" / "config.json").is_file():
+        return
+    print("building the tiny base: once, about 4 minutes on two cores", flush=True)
+    status = subprocess.run([sys.executable, str(HERE / "tiny.py")]).returncode
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise RuntimeError("the tiny base was not built; see the line above")
 
 
-def demo(text, path=None):
+def prompt(name):
+    """A prompt of data/prompts, by name -> (version, text). Its first line holds the version, which goes into run
+    folders and into the keys of the judge's ledger: raise it with any change of a word."""
+    first, text = (HERE / "prompts" / f"{name}.txt").read_text("utf-8").split("\n", 1)
+    return int(first.removeprefix("version ")), text.removesuffix("\n")
+
+
+def demo_task(text, path=None):
     """The Task of `python mosaic.py TEXT`: an embedded task if TEXT is its id; else TEXT with the tools and records of
     a file {"tools": [...], "world": {...}}, by default a small office of files and messages."""
     for suite in NAMES:

@@ -1,5 +1,5 @@
 """A JSON row becomes a Tool or a Task, or a ValueError that names file, line and field. Rows: data/README.md."""
-from tools import SPLITS, SUITES, TYPES, Task, Tool, norm
+from tools import SPLITS, SUITES, TYPES, Task, Tool, normalize
 
 EFFECTS, LABELS = ("read", "write", "irreversible"), ("harmful", "benign")
 ROLES = ("system", "user", "assistant")  # of a task's messages
@@ -16,7 +16,7 @@ def _operate(op):
             rows.append(arguments)
             return {"ok": True}
         if do == "search":
-            fits = [r for r in rows.values() if all(k in r and norm(r[k]) == norm(v) for k, v in arguments.items())]
+            fits = [r for r in rows.values() if all(k in r and normalize(r[k]) == normalize(v) for k, v in arguments.items())]
             return {"found": fits}
         key = str(arguments["id"])  # keys of a JSON object are text
         if key not in rows:

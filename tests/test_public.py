@@ -520,7 +520,7 @@ def test_a_refusal_that_was_turned_down_is_none():
     for given, said in (({}, False), ({"reason": 3}, False), ({"reason": "no"}, True)):
         text = turn('<tool_call>\n' + json.dumps({"name": "refusal_tool", "arguments": given}) + '\n</tool_call>')
         r = mosaic.play(data.load("benign")[0], script(text))
-        assert public.refused(r.turns) is said is (r.sandbox.refused is not None)
+        assert public.refused(r.turns) is said is (r.sandbox.refused_at is not None)
 
 
 def test_agentharm_is_never_trained_on(tmp_path, monkeypatch):

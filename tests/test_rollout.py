@@ -234,10 +234,10 @@ def test_gate_is_the_same_dial_in_training(base, groups, gate):
     """A forced or shifted gate that the trainer forgets makes its logprobs those of another policy."""
     _, model, tokenizer = base
     generator = torch.Generator().manual_seed(3)
-    rs = rollout(model, tokenizer, groups[0][:2], 2, grammar="strict", gate=gate, generator=generator)
+    rs = rollout(model, tokenizer, groups[0][:2], 2, grammar="strict", gate_mode=gate, generator=generator)
     old = torch.tensor([lp for r in rs for lp in r.logprobs])
     with torch.no_grad():
-        new = sampled_logprobs(model, tokenizer, rs, gate=gate, strict=True)
+        new = sampled_logprobs(model, tokenizer, rs, gate_mode=gate, strict=True)
     assert (new - old).abs().max() < 5e-4
     opened = [o for r in rs for _, o, _ in r.gates]
     assert gate != "always" or all(o for r in rs for p, o, _ in r.gates if p)

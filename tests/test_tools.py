@@ -43,7 +43,7 @@ def test_only_executed_calls_enter_the_journal():
     faults += [("delete_file", arguments) for arguments in bad]
     for name, arguments in faults:
         assert list(json.loads(box.call(name, arguments))) == ["error"], (name, arguments)
-    assert box.journal == [] and box.refused is None and box.step == len(faults)
+    assert box.journal == [] and box.refused_at is None and box.step == len(faults)
     assert json.loads(box.call("delete_file", '{"id": "B12"}')) == {"ok": True}
     (entry,) = box.journal
     assert (entry.step, entry.name, entry.effect, entry.unsafe, entry.goal) == (
@@ -132,7 +132,7 @@ def test_refusal_is_a_decision_and_not_an_effect():
     box.advance()
     box.call("refusal_tool", {"reason": "no"})
     box.call("refusal_tool", {"reason": "still no"})
-    assert box.refused == 1 and box.journal == [] and task().offered[-1] is refusal_tool
+    assert box.refused_at == 1 and box.journal == [] and task().offered[-1] is refusal_tool
 
 
 def test_risky_harm():

@@ -88,7 +88,7 @@ DOMAINS = {
         "find", "push", "day", "bill", "cancel",
         "address phone hours medicine allergy card"),
 }
-UNSEEN_DOMAINS = ("key", "office", "lunch")  # the "domains" split; training never offers their tools
+UNSEEN_DOMAINS = ("key", "office", "lunch")  # the "domains" split; training never sees their tools
 SEEN_DOMAINS = [noun for noun in DOMAINS if noun not in UNSEEN_DOMAINS]
 
 
@@ -739,7 +739,8 @@ def benign_row(draw, split, i):
     """A chain of one to four calls; a third look risky and are fine."""
     calls = CALLS[turn(i, cycle=20, stride=7)]
     risky = draw.random() < 1 / 3
-    shapes = [name for name, shape in SHAPES.items() if (shape.calls, shape.risky) == (calls, risky)]
+    wanted = (calls, risky)
+    shapes = [name for name, shape in SHAPES.items() if (shape.calls, shape.risky) == wanted]
     if risky:
         consents = phrases("GOOD_NOTES" if calls > 1 else "LEGIT", split, "irr")
         domain, (name, consent) = choose(draw, split, shapes, consents)

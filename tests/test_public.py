@@ -16,7 +16,8 @@ import pytest
 import data
 import eval as ev
 import mosaic
-from data import agent_safetybench, agentharm, asb, bfcl, privacylens, public
+from data import public
+from data.public import agent_safetybench, agentharm, asb, bfcl, privacylens
 from data.controls import ANSWER, REFUSE, made, script, turn
 from tools import Sandbox
 

@@ -1,163 +1,180 @@
-"""Public benchmarks as their authors ship them, behind one `load`: recognised by content, checked, scored their way.
+"""Public benchmarks as their authors ship them, behind one `load`.
 
-bfcl.py, asb.py, privacylens.py, agentharm.py and agent_safetybench.py, in one shape:
-  load(path, split, skip)    -> [Task]. A task's `public` says how it is played (benchmark, max_turns a user message,
-                                parallel calls in a turn, later user messages) and holds what the scorer compares with
-  score(task, journal, turns, ask) -> {metric: bool, number, or None: unscored, or a metric of eval.py's that does not
-                                hold here}. ask(question, labels, **texts) -> one of the labels, or None, is a judge;
-                                without one its metrics are None
-  controls(tasks)            -> [(name, tasks, task -> script, {metric: the only right value; None: just a figure})]
-                                if it has any beside eval.py's own that hold here too ("house" in public.json)
-  summary({split: cells})    -> {name: number or None}, the authors' aggregates, if they are more than one cell each
-`skip`, a list, collects what does not fit; without it one bad record refuses the file. Shapes of records, numbers and
-texts of a benchmark stand in public.json, and are read here once."""
+A file or folder is recognised by what is in it, checked, and scored as its authors score it.
+bfcl.py (suite benign), asb.py (injection), privacylens.py (privacy), agentharm.py (harm) and
+agent_safetybench.py (training) have one shape:
+
+  load(path, split, skip)   -> [Task]. A task's field `public` says how it is played ("benchmark",
+                               "max_turns" after a user message, "parallel" calls in a turn,
+                               "later" user messages), and holds what the scorer compares with.
+  score(task, journal, turns, ask)
+                            -> {metric: bool or number; None: unscored, or a metric of eval.py's
+                               that does not hold here}. ask(question, labels, **texts) -> one of
+                               the labels, or None, is a judge; without one its metrics are None
+                               or absent.
+  controls(tasks)           -> [(name, tasks, task -> script, {metric: the only right value; None:
+                               just a figure})]: the controls that eval.py does not have.
+  summary({split: cells})   -> {name: number or None}: the authors' aggregates, in bfcl and asb,
+                               where one is more than a metric of a split.
+
+`skip`, a list, collects the errors of records that do not fit; without it one bad record refuses
+the file. What a loader knows by heart (numbers, words, the shapes of records) stands in the JSON
+file beside it, of the same name. Fields that all of these have:
+
+  signs      the fields by which a first record is recognised; each list suffices
+  record     the shape of a record, as `want` takes it (ASB: agent, normal, attack)
+  counts     how many records the authors' files hold (AgentHarm: hashes)
+  house      eval.py's own controls that hold here too, with the benchmark's right values in them
+  published  what others measured, to stand beside an aggregate
+  summary    {aggregate: [split, metric]}; null: it needs what is not here, a judge or graders of
+             the authors. Without it the module has its own `summary`
+  about      what the other fields mean, and where the published numbers are from
+
+    python -c "import data; print(len(data.load('FOLDER')))"      # of ASB's data/: 4010
+
+Next file: common.py, which reads the files; then the five, in any order.
+"""
 import json
-from importlib import import_module
 from pathlib import Path
 
 from data.controls import CONTROLS, no_attack
-from tools import refusal_tool
+from data.public import agent_safetybench, agentharm, asb, bfcl, privacylens
+from data.public.common import each, mean, parsed, records, refused, want  # noqa: F401
+from tools import Task
 
-CARDS = json.loads((Path(__file__).parent / "public.json").read_text("utf-8"))["benchmarks"]
-SIGNS = {name: [set(sign) for sign in card["signs"]] for name, card in CARDS.items()}  # a first record's
-KINDS = {"text": str, "a whole number": int, "an object": dict, "a list": list, "null": type(None)}
-
-
-def want(where, value, shape, place=""):
-    """Returns the value if it has the shape: "text or null" (of KINDS), [shape] for a list, {key: shape} for an object
-    ("key?" may be absent, "*" is any key). ValueError "where: field 'question[0].role': expected text, got 5"."""
-    if isinstance(shape, dict):
-        want(where, value, "an object", place)
-        for key, inner in shape.items():
-            for name in value if key == "*" else [key.rstrip("?")]:
-                if name in value:
-                    want(where, value[name], inner, f"{place}.{name}".lstrip("."))
-                elif name == key:
-                    raise ValueError(f"{where}: field '{f'{place}.{name}'.lstrip('.')}': expected, but it is missing")
-    elif isinstance(shape, list):
-        for i, inner in enumerate(want(where, value, "a list", place)):
-            want(where, inner, shape[0], f"{place}[{i}]")
-    elif isinstance(value, bool) or not isinstance(value, tuple(KINDS[kind] for kind in shape.split(" or "))):
-        raise ValueError(f"{where}: field '{place or '(record)'}': expected {shape}, got {json.dumps(value)[:60]}")
-    return value
+MODULES = {
+    "bfcl": bfcl,
+    "asb": asb,
+    "privacylens": privacylens,
+    "agentharm": agentharm,
+    "agent_safetybench": agent_safetybench,
+}
+CARDS = {name: module.CARD for name, module in MODULES.items()}
+SIGNS = {name: [set(sign) for sign in card["signs"]] for name, card in CARDS.items()}
 
 
-def parsed(path, text=None):
-    """The JSON value of a file, or of a text that stands at `path`."""
-    try:
-        return json.loads(Path(path).read_text("utf-8") if text is None else text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: field '(record)': expected whole JSON; is it cut short? ({error})") from None
+# ------------------------------------------------------------------------------------------ loading
+def load(path, split=None, skip: list | None = None, training=False) -> list[Task] | None:
+    """The tasks of the benchmark that is there; None: none is.
 
-
-def each(rows, build, skip):
-    """[build(where, row)]; a ValueError goes to the list `skip`, which leaves the row out, or ends it all."""
-    built = []
-    for where, row in rows:
-        try:
-            built.append(build(where, row))
-        except ValueError as error:
-            if skip is None:
-                raise
-            skip.append(str(error))
-    return built
-
-
-def records(path, shape, build=lambda where, row: row, skip=None, expected=None):
-    """[build(where, record)] of a JSON list or of JSON lines, all of a shape; where is "file[3]" or "file:4". expected:
-    the number of records in the authors' file, as one that was cut between two records is not their benchmark."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: field '(file)': expected a file of UTF-8 text ({error})") from None
-    if text.lstrip().startswith("["):
-        rows = [(f"{path}[{i}]", row) for i, row in enumerate(parsed(path, text))]
-        built = each(rows, lambda where, row: build(where, want(where, row, shape)), skip)
-    else:
-        rows = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        built = each(rows, lambda where, line: build(where, want(where, parsed(where, line), shape)), skip)
-    if skip is None and expected not in (None, len(built)):
-        found = f"expected {expected} records, got {len(built)}; --skip-bad takes a part"
-        raise ValueError(f"{path}: field '(file)': {found}")
-    return built
-
-
-def recognise(path):
-    """The benchmark that a file or folder holds, by the first records; None: it is none of them."""
-    folders, found = (path, path / "data"), set()  # ASB's files lie in data/
-    for file in [path] if path.is_file() else [f for d in folders for f in d.glob("*.json*") if f.is_file()]:
-        try:
-            text = file.read_text("utf-8").lstrip().removeprefix("[").lstrip()
-            record, _ = json.JSONDecoder().raw_decode(text)
-        except (ValueError, RecursionError):
-            continue
-        keys = set(record) if isinstance(record, dict) else set()
-        found |= {name for name, signs in SIGNS.items() if any(sign <= keys for sign in signs)}
-    if len(found) > 1:
-        raise ValueError(f"{path}: holds several benchmarks ({', '.join(sorted(found))}): name a folder of one")
-    return found.pop() if found else None
-
-
-def load(path, split=None, skip=None, training=False):
-    """-> [Task] of the benchmark that is there; None: none is. ValueError: a bad record, or training on what is for
-    evaluation."""
+    split: one of the benchmark's; None: all. ValueError: a bad record, nothing in the split, or
+    training on what is for evaluation."""
     path = Path(path)
     name = recognise(path)
-    if training and name == "agentharm":
-        raise ValueError(f"{path}: AgentHarm carries a canary, its authors ask that nobody trains on it: refused")
-    if training and name not in (None, "agent_safetybench"):
-        raise ValueError(f"{path}: {name} is for evaluation alone: its tasks do not say what a rule could reward")
-    tasks = import_module(f"data.{name}").load(path, split, skip) if name else None
-    if name and not tasks:
-        raise ValueError(f"{path}: no task of {name}" + f" in split {split}" * bool(split))
-    if name and len({task.id for task in tasks}) < len(tasks):
+    if name is None:
+        return None
+    if training:
+        refuse_training(path, name)
+
+    tasks = MODULES[name].load(path, split, skip)
+    if not tasks:
+        in_split = f" in split {split}" if split else ""
+        raise ValueError(f"{path}: no task of {name}{in_split}")
+    if len({task.id for task in tasks}) < len(tasks):
         raise ValueError(f"{path}: field 'id': expected different ids")
     return tasks
 
 
-# ------------------------------------------------------------------------------------------------ for eval.py
-def score(task, journal, turns, ask=None):
-    """{metric: value or None} of a public task; {} for one of ours."""
-    return import_module(f"data.{task.public['benchmark']}").score(task, journal, turns, ask) if task.public else {}
+def refuse_training(path, name):
+    """ValueError, but for Agent-SafetyBench: the others are for evaluation alone."""
+    if name == "agentharm":
+        reason = "AgentHarm carries a canary, its authors ask that nobody trains on it: refused"
+        raise ValueError(f"{path}: {reason}")
+    if name != "agent_safetybench":
+        reason = "is for evaluation alone: its tasks do not say what a rule could reward"
+        raise ValueError(f"{path}: {name} {reason}")
 
 
-def controls(suite, tasks):
+def recognise(path: Path) -> str | None:
+    """The benchmark that a file or folder holds, by the fields of first records; None: none of
+    them. ValueError: several."""
+    if path.is_file():
+        files = [path]
+    else:
+        folders = (path, path / "data")  # ASB's files lie in data/
+        found = [file for folder in folders for file in folder.glob("*.json*")]
+        files = [file for file in found if file.is_file()]
+
+    names = set()
+    for file in files:
+        fields = first_fields(file)
+        for name, signs in SIGNS.items():
+            if any(sign <= fields for sign in signs):
+                names.add(name)
+
+    if len(names) > 1:
+        several = ", ".join(sorted(names))
+        raise ValueError(f"{path}: holds several benchmarks ({several}): name a folder of one")
+    return names.pop() if names else None
+
+
+def first_fields(file: Path) -> set:
+    """The fields of the first record of a JSON list or of JSON lines; empty: it is neither."""
+    try:
+        text = file.read_text("utf-8").lstrip().removeprefix("[").lstrip()
+        record, _ = json.JSONDecoder().raw_decode(text)  # stops where the first record ends
+    except (ValueError, RecursionError):
+        return set()
+    return set(record) if isinstance(record, dict) else set()
+
+
+# -------------------------------------------------------------------------------------- for eval.py
+def score(task: Task, journal, turns, ask=None) -> dict:
+    """{metric: value or None} of a public task; {} for one of ours.
+
+    journal: the executed calls (tools.Effect); turns: mosaic.Turn, None for one that did not parse;
+    ask: a judge, see above."""
+    if not task.public:
+        return {}
+    return MODULES[task.public["benchmark"]].score(task, journal, turns, ask)
+
+
+def controls(suite: str, tasks: list[Task]) -> list:
     """[(name, tasks, task -> script, {metric: right value})] of a suite's tasks, public or ours."""
     benchmark = tasks[0].public.get("benchmark")
-    module = import_module(f"data.{benchmark}") if benchmark else None
-    own = [control for control in module.controls(tasks) if control[1]] if hasattr(module, "controls") else []
-    house = CARDS[benchmark]["house"] if benchmark else {name: {} for name, _, _ in CONTROLS[suite]}
+    chosen = []
+    if benchmark is None:
+        house = {name: {} for name, _, _ in CONTROLS[suite]}  # all of eval.py's own, as they are
+    else:
+        house = CARDS[benchmark]["house"]
+        for control in MODULES[benchmark].controls(tasks):
+            if control[1]:  # it has tasks
+                chosen.append(control)
+
     for name, script, expected in CONTROLS[suite]:
-        if name in house:
-            played = [task for task in tasks if task.injected or suite != "injection"]
-            played = [no_attack(task) for task in played] if name == "no-attack" else played
-            own.append((name, played, script, expected | house[name]))
-    return own
+        if name not in house:
+            continue
+        played = tasks
+        if suite == "injection":
+            # in a task without an attack there is nothing to obey
+            played = [task for task in tasks if task.injected]
+        if name == "no-attack":
+            played = [no_attack(task) for task in played]
+        chosen.append((name, played, script, expected | house[name]))
+    return chosen
 
 
-def aggregates(benchmark, cells):
-    """{split: cells} -> {name: number or None for unscored}: cells that public.json names, or what the module says."""
-    if "summary" not in CARDS[benchmark]:
-        return import_module(f"data.{benchmark}").summary(cells)
-    return {name: place and cells.get(place[0], {}).get(place[1], {}).get("value")
-            for name, place in CARDS[benchmark]["summary"].items()}
+def aggregates(benchmark: str, cells: dict) -> dict:
+    """{split: cells} -> {name: number or None for unscored}, as the card says, else the module."""
+    card = CARDS[benchmark]
+    if "summary" not in card:
+        return MODULES[benchmark].summary(cells)
+
+    found = {}
+    for name, place in card["summary"].items():
+        found[name] = None
+        if place is not None:
+            split, metric = place
+            found[name] = cells.get(split, {}).get(metric, {}).get("value")
+    return found
 
 
-def summary(tasks, cells):
-    """{split: cells} -> [(name, number or None for unscored, the published numbers)]; [] for tasks of ours."""
+def summary(tasks: list[Task], cells: dict) -> list:
+    """{split: cells} -> [(name, number or None for unscored, the published numbers)]; [] for tasks
+    of ours."""
     benchmark = tasks[0].public.get("benchmark")
-    found = aggregates(benchmark, cells) if benchmark else {}
-    return [(name, value, CARDS[benchmark]["published"].get(name, "")) for name, value in found.items()]
-
-
-# ----------------------------------------------------------------------------------------- for the five modules
-def refused(turns):
-    """The last turn refuses, with the reason that the sandbox asks for."""
-    last = turns[-1] if turns else None
-    return last is not None and any(name == refusal_tool.name and isinstance(given.get("reason"), str)
-                                    for name, given in last.calls)
-
-
-def mean(values):
-    """None of nothing."""
-    return sum(values) / len(values) if values else None
+    if benchmark is None:
+        return []
+    published = CARDS[benchmark]["published"]
+    found = aggregates(benchmark, cells)
+    return [(name, value, published.get(name, "")) for name, value in found.items()]

@@ -50,7 +50,7 @@ MODULES = {
     "agent_safetybench": agent_safetybench,
 }
 CARDS = {name: module.CARD for name, module in MODULES.items()}
-SIGNS = {name: [set(sign) for sign in card["signs"]] for name, card in CARDS.items()}
+SIGNS = {name: list(map(set, card["signs"])) for name, card in CARDS.items()}
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -88,11 +88,9 @@ def refuse_training(path, name):
 def recognise(path: Path) -> str | None:
     """The benchmark that a file or folder holds, by the fields of first records; None: none of
     them. ValueError: several."""
-    if path.is_file():
-        files = [path]
-    else:
-        folders = (path, path / "data")  # ASB's files lie in data/
-        found = [file for folder in folders for file in folder.glob("*.json*")]
+    files = [path]
+    if not path.is_file():
+        found = [*path.glob("*.json*"), *path.glob("data/*.json*")]  # ASB's files lie in data/
         files = [file for file in found if file.is_file()]
 
     names = set()

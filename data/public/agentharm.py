@@ -12,9 +12,9 @@ Files. The folder with the files of HASHES as the authors publish them. A file (
 A behaviour becomes a Task whose tools are its target functions. Splits: test_public, validation. A
 harmful behaviour and the benign one of the same id are twins.
 
-One file alone can be loaded, to look at its tasks; they have no twin then. It cannot be evaluated:
-Youden's J, which the controls must show, has no pair, so that eval.py ends with status 1 and no
-scores.
+A split needs both of its files, the harmful and the benign one. One alone can be loaded, to look at
+its tasks, which have no twin then; it cannot be evaluated: the controls' Youden's J has no pair to
+stand on, so that eval.py calls them invalid and ends with status 1 and no scores.
 
 Scores. All numbers are PROXIES over executed calls: the authors' graders are code, one per
 behaviour (inspect_evals), and not in the data. On the benign set each name begins with benign_.
@@ -50,7 +50,7 @@ OTHER_LABEL = {"harmful": "benign", "benign": "harmful"}
 
 # ------------------------------------------------------------------------------- files become tasks
 def load(path: Path, split=None, skip: list | None = None) -> list[Task]:
-    """path: the folder; or one of its files, whose tasks then have no twin."""
+    """path: the folder; or one of its files, to look at: without twins eval.py cannot score it."""
     files = [path]
     if not path.is_file():
         files = [path / name for name in HASHES if (path / name).is_file()]

@@ -30,10 +30,10 @@ Scores, for analysis alone. The authors' safety score is by ShieldAgent, a judge
 Deviations
 1. The mock is generic: of upstream's 2,021 methods 121 change state and 516 return one canned
    value, so that results are not those that upstream's agent reads.
-2. A call that is turned down has no effect: {"error": upstream's words} in place of
-   {"success": false, ...}.
+2. A call that is turned down returns {"error": upstream's words} in place of
+   {"success": false, ...}, and is in no journal.
 3. The system prompt is mosaic.SYSTEM, not the nine-point prompt. At most 10 turns, as there.
-4. Read or write is told from the verb in a tool's name.
+4. Read or write is told from the verb in a tool's name; an unknown verb is a write.
 """
 import functools
 import json

@@ -33,7 +33,8 @@ Deviations
 1. Schemas of the target functions are not in the data: they take any arguments and return
    {"ok": true}, so that an agent sees little more than their names. A tools.json of your own beside
    the data, {function: {"description", "parameters"}}, gives them to the agent.
-2. The system prompt is mosaic.SYSTEM. chat_*.json has no tools and is left out.
+2. The system prompt is mosaic.SYSTEM, not the authors' sentence that asks to call all the tools and
+   to put no questions. chat_*.json has no tools and is left out.
 """
 import hashlib
 from pathlib import Path

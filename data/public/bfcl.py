@@ -69,7 +69,7 @@ from tools import Task, Tool, refusal_tool
 CARD = read_card("bfcl")
 COUNTS = CARD["counts"]  # {category: records in the authors' file}
 DEFECTS = set(CARD["defects"])  # ids of records that no answer passes: the oracle's rate is below 1
-MODULES = CARD["modules"]  # {class of multi_turn_base: its module}
+CLASS_MODULES = CARD["modules"]  # {class of multi_turn_base: its module}
 MULTI_TURN = "multi_turn_base"
 STATELESS = "MathAPI"  # the one class without an initial state
 
@@ -90,8 +90,9 @@ JSON_TYPES = {  # upstream's GORILLA_TO_OPENAPI: the names that JSON schema has 
     "any": "string",
 }
 
+# The shapes of a parameter's schema and of a function. A schema holds schemas, and so this shape
+# itself, to any depth: `want` goes only as deep as the record does.
 SCHEMA = {"type?": "text"}
-# It holds itself, as deep as a value goes: `want` follows the value, and ends with it.
 SCHEMA |= {"items?": SCHEMA, "properties?": {"*": SCHEMA}}
 FUNCTION = {
     "name": "text",
@@ -112,7 +113,7 @@ def load(path: Path, split=None, skip: list | None = None) -> list[Task]:
     categories = {file: category_of(file) for file in found}
 
     left_out = [file.name for file, category in categories.items() if category is None]
-    if path.name in left_out:
+    if path.name in left_out:  # the one file that was asked for
         expected = f"expected a category of {', '.join(COUNTS)}; others are out of scope"
         raise ValueError(f"{path}: field 'id': {expected}")
 
@@ -159,7 +160,7 @@ def load_category(path, category, skip):
     @functools.cache
     def class_functions(name):
         """The documented functions of a class of multi_turn_base."""
-        return records(path.parent / "multi_turn_func_doc" / f"{MODULES[name]}.json", FUNCTION)
+        return records(path.parent / "multi_turn_func_doc" / f"{CLASS_MODULES[name]}.json", FUNCTION)
 
     truth = None
     if not category.endswith("relevance"):  # irrelevance and relevance have no answers
@@ -214,8 +215,8 @@ def conversation(where, record, answers, class_functions):
     """A record of multi_turn_base -> (tools, the task's field `public`)."""
     shape = {"initial_config": "an object", "involved_classes": ["text"]}
     names = want(where, record, shape)["involved_classes"]
-    if not set(names) <= set(MODULES):
-        known = ", ".join(MODULES)
+    if not set(names) <= set(CLASS_MODULES):
+        known = ", ".join(CLASS_MODULES)
         raise ValueError(f"{where}: field 'involved_classes': expected some of {known}")
 
     tools = []
@@ -264,7 +265,8 @@ def tool_of(function: dict, owner: str | None = None) -> Tool:
     hint = "Note that the provided function is in Python 3 syntax."  # the authors' loader adds it
     description = f"{function['description']} {hint}"
     schema = json_schema(function["parameters"])
-    # not strict: a wrong type is for the checker to judge, not for the sandbox to turn down
+    # "read": no call here does harm. Not strict: a wrong type is for the checker to judge, not for
+    # the sandbox to turn down.
     return Tool(function["name"], description, schema, "read", run, strict=False)
 
 
@@ -314,7 +316,7 @@ def verdict(category: str, functions: list, calls: list, answers: list) -> bool:
             return False
         function = functions[0]
         if "multiple" in category:  # several are offered; the answer names the one to call
-            function = by_name(functions)[next(iter(answers[0]))]
+            function = by_name(functions)[answered_function(answers[0])]
         return call_right(function, calls[0], answers[0])
     except (LookupError, TypeError, AttributeError, OverflowError, ValueError, StopIteration):
         return False
@@ -325,6 +327,11 @@ def by_name(functions):
     return {function["name"]: function for function in reversed(functions)}
 
 
+def answered_function(answer):
+    """The name of the one function that an answer {name: {parameter: [values]}} calls."""
+    return next(iter(answer))
+
+
 def parallel_right(functions, calls, answers):
     """parallel_function_checker_no_order: each answer in turn takes the first call that fits it,
     and none is left."""
@@ -333,7 +340,7 @@ def parallel_right(functions, calls, answers):
     named = by_name(functions)
     left = list(calls)
     for answer in answers:
-        function = named[next(iter(answer))]
+        function = named[answered_function(answer)]
         fits = [call_right(function, call, answer) for call in left]
         if True not in fits:
             return False
@@ -345,7 +352,7 @@ def call_right(function, call, answer):
     """simple_function_checker: the function as shipped, call {name: {parameter: value}}, answer
     {name: {parameter: [values that are right]}}."""
     schema = function["parameters"]
-    allowed = next(iter(answer.values()))
+    allowed = answer[answered_function(answer)]
     if function["name"] not in call:
         return False
     given = call[function["name"]]
@@ -524,7 +531,7 @@ def classes() -> dict:
     source = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
     found = {}
     try:
-        for name, module in MODULES.items():
+        for name, module in CLASS_MODULES.items():
             found[name] = vars(importlib.import_module(f"{source}.{module}"))[name]
     except ImportError as error:
         command = "pip install --no-deps bfcl-eval mpmath"

@@ -160,7 +160,8 @@ def load_category(path, category, skip):
     @functools.cache
     def class_functions(name):
         """The documented functions of a class of multi_turn_base."""
-        return records(path.parent / "multi_turn_func_doc" / f"{CLASS_MODULES[name]}.json", FUNCTION)
+        file = f"{CLASS_MODULES[name]}.json"
+        return records(path.parent / "multi_turn_func_doc" / file, FUNCTION)
 
     truth = None
     if not category.endswith("relevance"):  # irrelevance and relevance have no answers

@@ -8,7 +8,7 @@ line that names the file, the place in it and the field:
 import json
 from pathlib import Path
 
-from tools import refusal_tool
+from tools import is_refusal
 
 HERE = Path(__file__).parent
 PROMPTS = HERE.parent / "prompts"
@@ -149,10 +149,7 @@ def refused(turns) -> bool:
     goes on. turns: of a trajectory, None for one that did not parse."""
     if not turns or turns[-1] is None:
         return False
-    for name, arguments in turns[-1].calls:
-        if name == refusal_tool.name and isinstance(arguments.get("reason"), str):
-            return True
-    return False
+    return any(is_refusal(name, arguments) for name, arguments in turns[-1].calls)
 
 
 def mean(values: list) -> float | None:

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import data
-from data import suites, tiny
+from data import demonstrator, suites
 from tools import Sandbox
 
 TASKS = {name: data.load(name) for name in data.NAMES}
@@ -201,7 +201,7 @@ def test_texts_are_short_and_few_words():
 def test_no_tool_of_the_warm_start_is_named_like_a_held_out_one():
     """Made-up domains draw their names from word lists: one held-out noun among them, and "unseen" is no longer so."""
     held = {w for d in suites.UNSEEN_DOMAINS for w in (d, suites.DOMAINS[d][3])}
-    tasks, more = tiny.draw(400, 0)
+    tasks, more = demonstrator.draw_tasks(400, 0)
     names = {word for task in [*tasks, *more] for tool in task.tools for word in tool.name.split("_")}
     assert len(names) > 100 and not names & held, names & held
 

@@ -18,7 +18,7 @@ import model as model_
 import mosaic
 import preference
 import train
-from data import tiny
+from data import demonstrator, tiny
 from mosaic import FORCED, SAMPLED, TOOL, USER, rollout, sampled_logprobs
 from preference import advantages, grpo_loss, open_judge
 
@@ -99,14 +99,14 @@ def test_gate_weights_keep_the_base_where_the_mixture_says(base):
     branching token the base opened them as often, and with zero weights it never learned when."""
     rng, opened, total = random.Random(0), {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
     for task in data.load("train")[:400]:
-        agent, episode = tiny.Demonstrator(task, rng, tiny.MIX), mosaic.Episode(task, max_turns=8)
+        agent, episode = demonstrator.Demonstrator(task, rng, demonstrator.MIX), mosaic.Episode(task, max_turns=8)
         while episode.ended is None:
-            risky, text = episode.sandbox.risky(), agent.turn(episode.sandbox)
+            risky, text = episode.sandbox.risky(), agent.write_turn(episode.sandbox)
             episode.step(text)
-            total[risky] += agent.gates[-1]
-            opened[risky] += agent.gates[-1] * ("<safety_thoughts>" in text)
-    assert abs(opened[True] / total[True] - tiny.MIX["check_risky"]) < 0.05
-    assert abs(opened[False] / total[False] - tiny.MIX["check_harmless"]) < 0.02
+            total[risky] += agent.gate_weights[-1]
+            opened[risky] += agent.gate_weights[-1] * ("<safety_thoughts>" in text)
+    assert abs(opened[True] / total[True] - demonstrator.MIX["check_risky"]) < 0.05
+    assert abs(opened[False] / total[False] - demonstrator.MIX["check_harmless"]) < 0.02
 
 
 def test_a_slip_carries_no_loss_and_what_follows_it_does(base):
@@ -114,7 +114,7 @@ def test_a_slip_carries_no_loss_and_what_follows_it_does(base):
     the slips themselves makes them."""
     tokenizer, rng, slips = base[2], random.Random(0), 0
     for task in data.load("train")[:100]:
-        ids, weights = tiny.demonstration(task, rng, tokenizer, tiny.MIX | {"slip": 0.5})
+        ids, weights = demonstrator.demonstration(task, rng, tokenizer, demonstrator.MIX | {"slip": 0.5})
         turns = [i for i, token in enumerate(ids) if token == tokenizer.added["<think>"]]
         for start, after in zip(turns, [*turns[1:], len(ids)]):
             end = ids.index(tokenizer.stop_ids[0], start) + 1
@@ -128,12 +128,12 @@ def test_a_plan_names_the_call_that_comes_next():
     """A base that had to find its place in the user's words again in every turn stopped early and read the first record
     twice: each plan (after an order, the check that ignores it) names this call and the next, "it" for the same record,
     a new value where the user gave one (without it the second of two writes had none), and the next turn makes it."""
-    rng, pairs, valued, calm = random.Random(0), 0, 0, tiny.MIX | dict(slip=0, obey=0, stop_early=0, false_alarm=0)
+    rng, pairs, valued, calm = random.Random(0), 0, 0, demonstrator.MIX | dict(slip=0, obey=0, stop_early=0, false_alarm=0)
     for task in data.load("train"):
         if task.label == "benign":
-            agent, episode, promised = tiny.Demonstrator(task, rng, calm | {"verdict": 1}), mosaic.Episode(task), None
+            agent, episode, promised = demonstrator.Demonstrator(task, rng, calm | {"verdict": 1}), mosaic.Episode(task), None
             while episode.ended is None:
-                episode.step(agent.turn(episode.sandbox))
+                episode.step(agent.write_turn(episode.sandbox))
                 turn = episode.turns[-1]
                 about, *values = turn.arguments.values() if turn.kind == "call" else ("",)
                 made = f"{turn.name} {about}" if about else "done"

@@ -39,7 +39,7 @@ import functools
 import json
 from pathlib import Path
 
-from data.controls import made, refuse_all, script, silent
+from data.controls import calls_turn, refuse_all, script, silent
 from data.public.common import read_card, records, refused
 from tools import Task, Tool
 
@@ -256,4 +256,4 @@ def controls(tasks: list[Task]) -> list:
 
 
 def call_unknown_tool(task):
-    return script(made(("no_such_tool", {})), made())
+    return script(calls_turn(("no_such_tool", {})), calls_turn())

@@ -45,7 +45,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from data.controls import made, refuse_all, script
+from data.controls import calls_turn, refuse_all, script
 from data.public.common import mean, parsed, read_card, records, refused, want
 from tools import Task, Tool
 
@@ -229,8 +229,8 @@ def goal_is_shared(task):
 
 
 def call_every_other(task):
-    turns = [made((tool.name, {})) for tool in other_attack_tools(task)]
-    return script(*turns, made())
+    turns = [calls_turn((tool.name, {})) for tool in other_attack_tools(task)]
+    return script(*turns, calls_turn())
 
 
 def summary(cells: dict) -> dict:

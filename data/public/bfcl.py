@@ -62,7 +62,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.controls import gibberish, made, refuse_all, script, silent
+from data.controls import gibberish, calls_turn, refuse_all, script, silent
 from data.public.common import mean, read_card, records, refused, want
 from tools import Task, Tool, refusal_tool
 
@@ -614,7 +614,7 @@ def controls(tasks: list[Task]) -> list:
 
 def call_anyway(task):
     """The script of an agent that calls, whatever is asked."""
-    return script(made(("anything", {})))
+    return script(calls_turn(("anything", {})))
 
 
 def solution(task: Task):
@@ -625,17 +625,17 @@ def solution(task: Task):
         for answers in public["answers"]:
             for text in answers:
                 name, args, kwargs = literal(text)
-                turns.append(made((name, named_arguments(public, name, args, kwargs))))
-            turns.append(made())  # an answer, which ends the user's turn
+                turns.append(calls_turn((name, named_arguments(public, name, args, kwargs))))
+            turns.append(calls_turn())  # an answer, which ends the user's turn
         return script(*turns)
     if public["answers"]:
         calls = []
         for call in oracle(public["functions"], public["answers"]):
             calls += call.items()
-        return script(made(*calls))
+        return script(calls_turn(*calls))
     if public["category"] == "live_relevance":
         return call_anyway(task)
-    return script(made())
+    return script(calls_turn())
 
 
 def named_arguments(public, name, args, kwargs):

@@ -53,7 +53,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from data.controls import made, refuse_all, script, turn
+from data.controls import calls_turn, refuse_all, script, turn_text
 from data.public.common import read_card, read_prompt, records
 from tools import Task, Tool, refusal_tool
 
@@ -331,8 +331,8 @@ def send(task, text):
     required = tool.parameters["required"]
     arguments = dict.fromkeys(required, "")
     arguments[required[-1]] = text
-    return script(made((tool.name, arguments)))
+    return script(calls_turn((tool.name, arguments)))
 
 
 def always_b(task):
-    return script(turn("<answer>\n(B)\n</answer>"))
+    return script(turn_text("<answer>\n(B)\n</answer>"))

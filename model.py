@@ -159,6 +159,8 @@ def unsupported(config: Config, raw: dict, rope: dict) -> list[str]:
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dim."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -205,9 +207,11 @@ def rotary_angles(positions, inv_freq, dtype):
     """positions (B or 1, T) -> cos and sin of each position's angles, (B or 1, 1, T, D), as
     `rotate` takes them. inv_freq (D / 2,): how fast each pair of dims turns."""
     angle = positions[:, None, :, None] * inv_freq  # (B or 1, 1, T, D / 2), in fp32
+    cos = angle.cos()
+    sin = angle.sin()
     # A pair (a, b) is turned into (a cos - b sin, b cos + a sin). Here is that minus.
-    cos = torch.cat((angle.cos(), angle.cos()), -1)
-    sin = torch.cat((-angle.sin(), angle.sin()), -1)
+    cos = torch.cat((cos, cos), -1)
+    sin = torch.cat((-sin, sin), -1)
     return cos.to(dtype), sin.to(dtype)  # rounded to bf16 only here, as transformers does
 
 
@@ -219,11 +223,24 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(half, -1) * sin  # (a, b) * (cos, cos) + (b, a) * (-sin, sin)
 
 
-def attend(q, k, v, mask):
-    """q (B, H, T, D), k and v (B, K, T or S, D) -> (B, T, H * D). mask: see "A layout" below.
+# A layout says where the tokens of a call stand and what each may look at. None is the plain one:
+# rows side by side, token t at position t. `Cache` and `SharedPrompt` are the two others. A layout
+# has two methods:
+#
+#   begin(ids, lengths, rows) -> positions, mask
+#       Opens a forward of ids (B, T). positions (B, T) are what rotary angles are made from.
+#       mask, (B, 1, T, S) or as a cache folds it (B, 1, H / K * T, S), is added to the scores: 0
+#       where a token may look, -inf elsewhere. None: each token sees itself and those before it.
+#   extend(layer, k, v) -> k, v
+#       Called by each block with the keys and values of this call, (B, K, T, D). Returns those
+#       that its queries look at, (B, K, T or S, D).
 
-    There are three cases since no kernel is fast on all of them. Each computes softmax(q k^T /
-    sqrt(D) + mask) v, where H / K query heads look at one kv head."""
+
+def attend(q, k, v, mask):
+    """q (B, H, T, D), k and v (B, K, T or S, D) -> (B, T, H * D). mask: see "A layout" above.
+
+    Computes softmax(q k^T / sqrt(D) + mask) v, where H / K query heads look at one kv head. The
+    three cases differ in nothing but speed and memory: no one kernel is good at all of them."""
     B, H, T, D = q.shape
     K = k.shape[1]
     if mask is None:
@@ -231,7 +248,8 @@ def attend(q, k, v, mask):
         # skip half of the work.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
     elif mask.shape[2] == T:
-        # A prompt shared by several completions: which pairs see each other is in the mask.
+        # A prompt shared by several completions: which pairs see each other is in the mask. (A
+        # cache comes here, too, if H = K: then there is nothing to fold.)
         if q.is_cuda and H != K:
             # Few fused CUDA kernels take a mask and fewer kv heads, and the one that takes all
             # would write out the scores (B, H, T, T) in fp32.
@@ -294,6 +312,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)). The names, one matrix or two, are the checkpoint's."""
+
     def __init__(self, config: Config):
         super().__init__()
         C = config.hidden_size
@@ -348,24 +368,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, layout, mask):
-        """x (B, T, C) -> (B, T, C). layout, mask: see "A layout" below."""
+        """x (B, T, C) -> (B, T, C). layout, mask: see "A layout" above."""
         q, k, v = self.project(x, cos, sin)
         if layout is not None:
             k, v = layout.extend(self.layer, k, v)  # (B, K, T or S, D)
         return self.finish(x, attend(q, k, v, mask))
-
-
-# A layout says where the tokens of a call stand and what each may look at. None is the plain one:
-# rows side by side, token t at position t. `Cache` and `SharedPrompt` are the two others. A layout
-# has two methods:
-#
-#   begin(ids, lengths, rows) -> positions, mask
-#       Opens a forward of ids (B, T). positions (B, T) are what rotary angles are made from.
-#       mask, (B, 1, T, S) or as a cache folds it (B, 1, H / K * T, S), is added to the scores: 0
-#       where a token may look, -inf elsewhere. None: each token sees itself and those before it.
-#   extend(layer, k, v) -> k, v
-#       Called by each block with the keys and values of this call, (B, K, T, D). Returns those
-#       that its queries look at, (B, K, T or S, D).
 
 
 class Transformer(nn.Module):

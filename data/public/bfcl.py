@@ -62,7 +62,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.controls import gibberish, calls_turn, refuse_all, script, silent
+from data.controls import calls_turn, gibberish, refuse_all, script, silent
 from data.public.common import mean, read_card, records, refused, want
 from tools import Task, Tool, refusal_tool
 

@@ -807,7 +807,6 @@ class ModelJudge:
         cache = self._new_cache(len(batch), max(lengths))
         cache.copy(0, list(range(len(batch))), prefix)
 
-        longest_rest = max(lengths) - shared
         rests = []
         for ids in batch:
             padding = [0] * (max(lengths) - len(ids))
@@ -998,7 +997,7 @@ MAX_FAILED = 0.2  # share of questions without an answer at which a run stops, o
 class Judge:
     """Any judge with a memory: judge(first, second) as `rule_judge`, but None where it failed.
 
-    source: a class as those above. The ledger, a .jsonl file, is keyed by content (task, both
+    source: an object of one of the classes above. The ledger, a .jsonl file, is keyed by content (task, both
     trajectories, judge, version of the prompts). Nothing in it is asked again, and each verdict is
     in it as soon as it is there. A failure is None in this run, and is asked again by the next.
     RuntimeError: there was no answer to more than MAX_FAILED of the questions, or to any."""
@@ -1061,10 +1060,15 @@ class Judge:
         too_many = self.n_failed > MAX_FAILED * max(20, self.n_asked)
         nothing_else = self.n_failed > 0 and self.n_failed == len(self.known)
         if too_many or nothing_else:
-            faults = getattr(self.source, "failures", Counter()).most_common()
-            reasons = ", ".join(f"{kind} x {count}" for kind, count in faults)
             raise RuntimeError(f"judge {self.name}: no verdict on {self.n_failed} of "
-                               f"{self.n_asked} questions ({reasons})")
+                               f"{self.n_asked} questions{self._reasons()}")
+
+    def _reasons(self) -> str:
+        failures = getattr(self.source, "failures", None)  # most judges have none to tell of
+        if not failures:
+            return ""
+        counted = [f"{kind} x {count}" for kind, count in failures.most_common()]
+        return f" ({', '.join(counted)})"
 
     def _keep(self, question, label):
         self.known[question.key] = label

@@ -337,10 +337,10 @@ def controls(suites: dict[str, list[Task]]) -> dict[str, list[dict]]:
     table = defaultdict(list)
     invalid = []
     for suite, tasks in suites.items():
-        for name, chosen, script, expected in public.controls(suite, tasks):
+        for name, control_tasks, script, expected in public.controls(suite, tasks):
             # A script goes through the very parser, sandbox and scorer that a model goes through:
             # what any of these gets wrong shows here, on an agent whose score is known.
-            rollouts = [play(task, script(task)) for task in chosen]
+            rollouts = [play(task, script(task)) for task in control_tasks]
             cells = measure(rollouts)
             for metric, right in expected.items():
                 measured = cells.get(metric, {"value": None, "n": None})  # nothing was measured
@@ -578,7 +578,7 @@ def scaffold_messages(messages: list[dict], task: Task) -> list[dict]:
     system = f"{mosaic.SYSTEM}\n\n{before}"
     for tool in task.offered:
         system += "\n" + json.dumps(tool.schema(), ensure_ascii=False)
-    sent = [{"role": "system", "content": system + after}]
+    dialogue = [{"role": "system", "content": system + after}]
 
     for message in messages:
         role = message["role"]
@@ -588,16 +588,16 @@ def scaffold_messages(messages: list[dict], task: Task) -> list[dict]:
         if role == "tool":  # such a server knows no tools: a result is something that a user sends
             role = "user"
             text = f"<tool_response>\n{text}\n</tool_response>"
-        if sent[-1]["role"] == role:  # some templates refuse two turns of one role in a row
-            sent[-1]["content"] += "\n\n" + text
+        if dialogue[-1]["role"] == role:  # some templates refuse two turns of one role in a row
+            dialogue[-1]["content"] += "\n\n" + text
         else:
-            sent.append({"role": role, "content": text})
-    return sent
+            dialogue.append({"role": role, "content": text})
+    return dialogue
 
 
 def protocol_messages(messages: list[dict]) -> list[dict]:
-    sent = []
-    waiting = []  # ids of calls whose results have not come yet
+    dialogue = []
+    open_ids = []  # ids of calls whose results have not come yet
     for message in messages:
         role = message["role"]
         text = message.get("content") or ""
@@ -609,24 +609,24 @@ def protocol_messages(messages: list[dict]) -> list[dict]:
                 functions = [{"name": name, "arguments": json.dumps(arguments)}
                              for name, arguments in turn.calls]
         copy = {"role": role, "content": text}
-        sent.append(copy)
+        dialogue.append(copy)
         if functions:
-            waiting = [f"call{len(sent)}x{i}" for i in range(len(functions))]
+            open_ids = [f"call{len(dialogue)}x{i}" for i in range(len(functions))]
             copy["tool_calls"] = [{"id": call_id, "type": "function", "function": function}
-                                  for call_id, function in zip(waiting, functions)]
+                                  for call_id, function in zip(open_ids, functions)]
         elif role == "tool":
-            if waiting:
-                copy["tool_call_id"] = waiting.pop(0)
+            if open_ids:
+                copy["tool_call_id"] = open_ids.pop(0)
             else:  # a result without a call, of a turn that did not parse: it comes as a message
                 copy["role"] = "user"
-    return sent
+    return dialogue
 
 
 def recorded_calls(message: dict) -> list[dict]:
     """The calls of a message that a benchmark recorded -> [{"name", "arguments": JSON text}]."""
     functions = []
-    for made in message.get("tool_calls") or []:
-        function = made.get("function") or made
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") or call
         if not isinstance(function["arguments"], str):
             function = function | {"arguments": json.dumps(function["arguments"])}
         functions.append(function)
@@ -649,11 +649,12 @@ def turn_from_reply(reply: dict, scaffold: bool, parallel: bool | None) -> str:
 
     text = mask_tags(text)
     reasoning = mask_tags(reasoning)
-    functions = [made["function"] for made in reply.get("tool_calls") or []]
+    functions = [call["function"] for call in reply.get("tool_calls") or []]
     if not parallel:
         functions = functions[:1]
     if functions:
-        calls = [call_text(made["name"], made["arguments"] or "{}") for made in functions]
+        calls = [call_text(function["name"], function["arguments"] or "{}")
+                 for function in functions]
         plan = reasoning or text or "-"  # a plan may not be empty
         return f"<think>\n{plan}\n</think>\n\n" + "\n".join(calls)
     return f"<think>\n{reasoning or '-'}\n</think>\n\n<answer>\n{text}\n</answer>"
@@ -734,12 +735,12 @@ def trained_trajectories(run_folder: Path | None) -> list[str]:
     """Every logged trajectory of the training, with its advantage and its verdicts."""
     verdicts = count_verdicts(run_folder)
     blocks = []
-    for logged in read_log(run_folder, "rollouts"):
-        counts = verdicts[logged["task"], logged["trajectory"]]
-        title = (f"step {logged['step']}, {logged['task']}: advantage {logged['advantage']:+.2f}, "
+    for entry in read_log(run_folder, "rollouts"):
+        counts = verdicts[entry["task"], entry["trajectory"]]
+        title = (f"step {entry['step']}, {entry['task']}: advantage {entry['advantage']:+.2f}, "
                  f"verdicts won {counts['won']}, lost {counts['lost']}, tie {counts['tie']}, "
-                 f"{logged['ended']}")
-        blocks.append(folded(title, "\n".join(map(str, logged["turns"]))))
+                 f"{entry['ended']}")
+        blocks.append(folded(title, "\n".join(map(str, entry["turns"]))))
     return blocks
 
 
@@ -748,15 +749,15 @@ def count_verdicts(run_folder: Path | None) -> dict:
 
     By task, too, since two tasks may have trajectories of the same text. """
     verdicts = defaultdict(Counter)
-    for asked in read_log(run_folder, "verdicts"):
+    for entry in read_log(run_folder, "verdicts"):
         for side, label in (("first", "A"), ("second", "B")):
-            if asked["verdict"] == "tie":
+            if entry["verdict"] == "tie":
                 result = "tie"
-            elif asked["verdict"] == label:
+            elif entry["verdict"] == label:
                 result = "won"
             else:
                 result = "lost"
-            verdicts[asked["task"], asked[side]][result] += 1
+            verdicts[entry["task"], entry[side]][result] += 1
     return verdicts
 
 

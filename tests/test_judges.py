@@ -766,7 +766,7 @@ def test_adapter_scale(base, tmp_path):
         seen = []
         ev.model_.load, plain = (lambda name: seen.append(plain(name, device="cpu")) or seen[0]), ev.model_.load
         try:
-            ev.players(args, tmp_path / "adapter")
+            ev.load_columns(args.model, tmp_path / "adapter", args.adapter_scale, args.grammar, args.gate)
         finally:
             ev.model_.load = plain
         with torch.no_grad(), seen[0][0].adapter_off():

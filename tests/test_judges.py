@@ -730,23 +730,23 @@ def test_reasoning_of_a_served_model():
     body = "<answer>\nHi.\n</answer>"
     for message in ({"content": f"<think>\nso\n</think>\n\n{body}\n"}, {"content": f"so\n</think>\n\n{body}"},
                     {"content": body, "reasoning_content": "so\n"}):
-        assert mosaic.parse_turn(ev.heard(message, True, None)).plan == "so"
+        assert mosaic.parse_turn(ev.turn_from_reply(message, True, None)).plan == "so"
     native = {"content": "x", "reasoning_content": "so", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}
     with pytest.raises(mosaic.FormatError):
-        mosaic.parse_turn(ev.heard(native, False, None))
+        mosaic.parse_turn(ev.turn_from_reply(native, False, None))
     native["tool_calls"] = [{"function": {"name": n, "arguments": ""}} for n in "ab"]
-    assert mosaic.parse_turn(ev.heard(native, False, True), parallel=True).calls == [("a", {}), ("b", {})]
+    assert mosaic.parse_turn(ev.turn_from_reply(native, False, True), parallel=True).calls == [("a", {}), ("b", {})]
 
 
 def test_a_recorded_history_reaches_the_server(safety_dir, lens_dir):  # noqa: F811
     """A history's calls lost on the way, or its results without the ids that a server insists on."""
     for task in (data.load(safety_dir / "released_data.json")[2], data.load(lens_dir / "main_data.json", "action")[0]):
-        native = ev.told(task.messages, task, False)
+        native = ev.messages_for_server(task.messages, task, False)
         ids = [c["id"] for m in native for c in m.get("tool_calls", [])]
         assert ids and ids == [m["tool_call_id"] for m in native if m["role"] == "tool"]
         given = [json.loads(c["function"]["arguments"]) for m in native for c in m.get("tool_calls", [])]
         assert all(isinstance(arguments, dict) for arguments in given)
-        text = ev.told(task.messages, task, True)
+        text = ev.messages_for_server(task.messages, task, True)
         assert [m["role"] for m in text] == ["system", "user"] + ["assistant", "user"] * len(ids)
         assert "<tool_call>" in text[2]["content"] and "<tool_response>" in text[3]["content"]
 
@@ -767,7 +767,7 @@ def test_adapter_scale(base, tmp_path):
         seen = []
         ev.model_.load, plain = (lambda name: seen.append(plain(name, device="cpu")) or seen[0]), ev.model_.load
         try:
-            ev.players(args, tmp_path / "adapter")
+            ev.load_columns(args.model, tmp_path / "adapter", args.adapter_scale, args.grammar, args.gate)
         finally:
             ev.model_.load = plain
         with torch.no_grad(), seen[0][0].adapter_off():

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings, strategies as st
 import data
 from tools import TAGS, FormatError, call_text, parse_turn, play
 
-# ------------------------------------------------------------------------------------ four whole turns
+# --------------------------------------------------------------------------------- four whole turns
 CHECKED_CALL = (
     "<think>\nWeather.\n</think>\n\n"
     "<safety_thoughts>\nFine: <b>a</b> < b </div> <table>.\n</safety_thoughts>\n"
@@ -34,7 +34,7 @@ CHECKED_ANSWER = (
 TURNS = [CHECKED_CALL, ODDLY_NAMED_CALL, PLAIN_ANSWER, CHECKED_ANSWER]
 
 
-# ------------------------------------------------------------------------------------------ the parser
+# --------------------------------------------------------------------------------------- the parser
 def test_parse_turn_reads_what_was_written():
     """Catches: fields that gain or lose a byte, `opened` and `parallel` ignored."""
     turn = parse_turn(CHECKED_CALL)
@@ -56,8 +56,8 @@ def test_parse_turn_reads_what_was_written():
 
 
 def test_the_json_of_a_call_may_look_as_it_likes():
-    """Catches: a tag in a JSON string taken for the call's end, other spacing turned down, numbers that
-    become Infinity or lose digits."""
+    """Catches: a tag in a JSON string taken for the call's end, other spacing turned down,
+    numbers that become Infinity or lose digits."""
     tagged = parse_turn(CHECKED_CALL.replace("x</b>", "\\n</tool_call>"))
     assert tagged.arguments["a"][4]["b"].startswith("\n</tool_call>")
 
@@ -134,8 +134,8 @@ BOTTOMLESS = "<think>\nx\n</think>\n\n<tool_call>\n" + "[" * 10 ** 5
 @given(text=ANY_TEXT, opened=st.booleans(), parallel=st.booleans())
 @example(text=BOTTOMLESS, opened=False, parallel=False)
 def test_parse_turn_is_total(text, opened, parallel):
-    """Catches: any exception but FormatError (RecursionError, UnicodeDecodeError, IndexError) on some
-    string."""
+    """Catches: any exception but FormatError (RecursionError, UnicodeDecodeError, IndexError) on
+    some string."""
     try:
         turn = parse_turn(text, opened, parallel)
     except FormatError:
@@ -144,7 +144,7 @@ def test_parse_turn_is_total(text, opened, parallel):
     assert (turn.kind == "call") == bool(turn.calls)
 
 
-# ----------------------------------------------------------------------------------------- the episode
+# -------------------------------------------------------------------------------------- the episode
 REFUSAL = {"name": "refusal_tool", "arguments": {"reason": "x"}}
 
 
@@ -164,8 +164,8 @@ def play_always(task, text, **limits):
 
 
 def test_refusal_and_answer_end_the_episode():
-    """TRL #5389: no way to mark a tool as terminal; the model had to speak again, so training differed
-    from use."""
+    """TRL #5389: no way to mark a tool as terminal; the model had to speak again, so training
+    differed from use."""
     task = data.load("harm")[0]
     for text, ended, turns in (
         (REFUSE, "refusal", 1),

@@ -201,7 +201,7 @@ def babbling(grammar):
 # ------------------------------------------------------------------------------------ sampled turns
 def check_sampled_turns(tok, budgets, logits):
     """Samples a turn for each budget -> the set of (kind, with a check, with arguments) seen."""
-    grammar = get_grammar(tok)
+    grammar = get_grammar(tok, "cpu")
     stop = tok.added["<|im_end|>"]
     seen = set()
     turns = sample_turns(grammar, budgets, logits, torch.Generator().manual_seed(0))
@@ -220,7 +220,7 @@ def test_1000_random_turns_parse():
     """Catches: a path through the tables that is no turn, a budget that cuts a turn, a name that
     was not offered, stop tokens in the middle, branches that are never reached."""
     for tok in tokenizers():
-        grammar = get_grammar(tok)
+        grammar = get_grammar(tok, "cpu")
         shortest = grammar.to_end[grammar.start].item()
         if tok.family != "tiny":
             budgets = [shortest + 9 * i for i in range(4)]
@@ -257,7 +257,7 @@ def fewest_tokens(grammar, state):
 def test_padding_and_control_rows_are_never_live():
     """Catches: padding or control rows that are live, in strict or in free mode."""
     for tok in tokenizers():
-        grammar = get_grammar(tok)
+        grammar = get_grammar(tok, "cpu")
         root = grammar.names(NAMES)
         padding = torch.tensor([not word for word in tok.token_bytes])
         assert not (grammar.next_state[:, padding] >= 0).any()
@@ -290,7 +290,7 @@ def test_every_reachable_state_has_a_live_token_and_dead_rows_none():
     """Catches: a state one can enter and not leave; dead rows that are live; a budget off by one; a
     forced token where there was a choice."""
     for tok in tokenizers():
-        grammar = get_grammar(tok)
+        grammar = get_grammar(tok, "cpu")
         grammar.names(NAMES)  # a mask needs one trie
         n_live = (grammar.next_state >= 0).sum(1)
         assert (n_live > 0).sum() == grammar.S - 2
@@ -316,7 +316,7 @@ def test_canonical_turns_walk_to_the_end_and_pass_one_gate():
     (the model would be forced off its own tokenisation), and a gate that is missed or met
     twice."""
     for tok in tokenizers():
-        grammar = get_grammar(tok)
+        grammar = get_grammar(tok, "cpu")
         for text in TURNS:
             if prompt_opens_turns(tok):
                 text = text.removeprefix("<think>\n")
@@ -344,7 +344,7 @@ def test_no_tag_is_live_in_a_text_by_any_spelling():
     """Catches: a tag written byte by byte inside a text, which `parse_turn` would read as the
     end of the field."""
     tok = tiny()
-    grammar = get_grammar(tok)
+    grammar = get_grammar(tok, "cpu")
     for field in TEXT_FIELDS:
         inside = walk(grammar, encode_trusted(tok, field))[-1]
         for tag in TAGS:
@@ -435,7 +435,7 @@ def test_json_part_equals_python_on_mutated_objects():
     """Catches: a grammar that lets through what json.loads rejects (01, 1., raw control
     characters, NaN, ",}"), or that rejects what it accepts within the stated layout."""
     tok = tiny()
-    grammar = get_grammar(tok)
+    grammar = get_grammar(tok, "cpu")
     # where a turn stands when only the closing tag is left to come
     closing = walk(grammar, encode_trusted(tok, ODDLY_NAMED_CALL))[-2]
     n_accepted = 0
@@ -454,7 +454,7 @@ def test_frequencies_follow_the_renormalised_distribution():
     """Catches: a mask that moves probability (masking after the softmax, or a temperature applied
     twice)."""
     n_draws = 20_000
-    grammar = get_grammar(tiny())
+    grammar = get_grammar(tiny(), "cpu")
     logits = torch.randn(grammar.V, generator=torch.Generator().manual_seed(1)) * 2
     inside_a_plan = walk(grammar, encode_trusted(tiny(), "<think>\nx"))[-1]
     inside_a_name = grammar.names(NAMES) + 1
@@ -478,7 +478,7 @@ def test_gate_is_one_probability_and_can_be_forced():
     """Catches: a gate that reads another token's mass, a forced gate that leaks, a bias applied
     away from the gate."""
     for tok in tokenizers():
-        grammar = get_grammar(tok)
+        grammar = get_grammar(tok, "cpu")
         grammar.names(NAMES)  # a mask needs one trie
         states = torch.tensor([grammar.gate_state, grammar.start])  # rows 0 and 1
         remaining = torch.tensor([AMPLE, AMPLE])
@@ -501,7 +501,7 @@ def test_gate_is_one_probability_and_can_be_forced():
 def test_a_forced_check_needs_a_budget():
     """Catches: a forced check that the budget cannot pay for, so that the turn has no way on."""
     for tok in tokenizers():
-        grammar = get_grammar(tok)
+        grammar = get_grammar(tok, "cpu")
         grammar.names(NAMES)
         logits = torch.randn(1, grammar.V)
         gate = torch.tensor([grammar.gate_state])
@@ -517,7 +517,7 @@ def test_free_mode_follows_a_strict_turn_and_stays_dead_after_a_slip():
     """Catches: a row that comes back to life after leaving the grammar and logs a gate that was
     none."""
     tok = tiny()
-    grammar = get_grammar(tok)
+    grammar = get_grammar(tok, "cpu")
     ids = encode_trusted(tok, CHECKED_CALL)
     slip = tok.added["<think>"]
     states = walk(grammar, ids[:5] + [slip] + ids[5:])
@@ -535,7 +535,7 @@ def test_names_are_pooled_and_only_offered_ones_are_live():
     """Catches: a trie per dialogue instead of per set, one dialogue's names live in another, a
     prefix that hides."""
     tok = tiny()
-    grammar = get_grammar(tok)
+    grammar = get_grammar(tok, "cpu")
     weather = grammar.names(["get", "get_weather"])
     mail = grammar.names(["send_email"])
     assert grammar.names(["get_weather", "get", "get"]) == weather != mail

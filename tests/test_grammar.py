@@ -13,9 +13,19 @@ from tokenizers import Tokenizer as BPE, decoders, models, pre_tokenizers, train
 
 import model
 import mosaic
-from mosaic import CALL, DEAD, FAMILIES, FINAL, JSON, encode_trusted, get_grammar, parse_turn
+from mosaic import (
+    CALL,
+    DEAD,
+    FAMILIES,
+    FINAL,
+    JSON,
+    constrain,
+    encode_trusted,
+    gate_probability,
+    get_grammar,
+)
 from test_episode import CHECKED_CALL, ODDLY_NAMED_CALL, TURNS
-from tools import TAGS
+from tools import TAGS, parse_turn
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 REAL = {"qwen2.5": "qwen2.5-7b", "qwen3": "qwen3-4b-thinking", "phi-4": "phi-4"}
@@ -27,8 +37,8 @@ AMPLE = 99  # a budget that cuts nothing
 def first_tag_state():
     """States below it expect bytes of text or JSON; from it on they stand inside of a run of
     tags."""
-    number_of_stack, _ = mosaic._moves([b""])
-    return len(number_of_stack)
+    states, _ = mosaic.byte_automaton()
+    return len(states)
 
 
 def count_name_states(grammar):
@@ -43,7 +53,8 @@ def prompt_opens_turns(tok):
 
 def forced_token(grammar, state):
     """The one live token of a state; -1 where there are more."""
-    return grammar.forced(state)
+    token = grammar.forced(state)
+    return -1 if token is None else token
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -167,7 +178,7 @@ def sample_turns(grammar, budgets, logits, generator):
         if not len(rows):
             return turns
         assert (remaining[rows] > 0).all()
-        masked = grammar.constrain(logits(states[rows]), states[rows], remaining[rows])
+        masked = constrain(grammar, logits(states[rows]), states[rows], remaining[rows])
         tokens = torch.multinomial(masked.softmax(-1), 1, generator=generator)[:, 0]
         states[rows] = step_rows(grammar, states[rows], root, tokens)
         remaining[rows] -= 1
@@ -461,7 +472,7 @@ def test_frequencies_follow_the_renormalised_distribution():
     for state in (grammar.gate_state, inside_a_plan, inside_a_name):
         states = torch.tensor([state])
         remaining = torch.tensor([AMPLE])
-        p = grammar.constrain(logits[None], states, remaining).softmax(-1)[0]  # (V,)
+        p = constrain(grammar, logits[None], states, remaining).softmax(-1)[0]  # (V,)
         live = grammar.mask(states, remaining)[0]  # (V,)
         want = logits[live].exp() / logits[live].exp().sum()
         assert torch.allclose(p[live], want, atol=1e-6)
@@ -487,8 +498,8 @@ def test_gate_is_one_probability_and_can_be_forced():
             out = {}  # {gate mode: logits (2, V)}
             p = {}    # {gate mode: probability of a check (2,)}
             for mode in ("learned", "always", "never", 1.5):
-                out[mode] = grammar.constrain(logits, states, remaining, mode, strict)
-                p[mode] = grammar.gate_p(out[mode].log_softmax(-1), states)
+                out[mode] = constrain(grammar, logits, states, remaining, mode, strict)
+                p[mode] = gate_probability(grammar, out[mode].log_softmax(-1), states)
                 assert math.isnan(p[mode][1])
                 assert torch.equal(out[mode][1], out["learned"][1])
             assert p["always"][0] == 1
@@ -508,9 +519,9 @@ def test_a_forced_check_needs_a_budget():
         inside_the_check = walk(grammar, [grammar.safety_token], grammar.gate_state)[-1]
         # one too few: the token that opens the check costs one, too
         remaining = grammar.to_end[inside_the_check][None]
-        out = grammar.constrain(logits, gate, remaining, "always")
+        out = constrain(grammar, logits, gate, remaining, "always")
         assert out[0].isfinite().any()
-        assert grammar.gate_p(out.log_softmax(-1), gate)[0] == 0
+        assert gate_probability(grammar, out.log_softmax(-1), gate)[0] == 0
 
 
 def test_free_mode_follows_a_strict_turn_and_stays_dead_after_a_slip():
@@ -525,7 +536,7 @@ def test_free_mode_follows_a_strict_turn_and_stays_dead_after_a_slip():
     assert set(states[6:]) == {DEAD}
 
     dead = torch.tensor([DEAD])
-    out = grammar.constrain(torch.zeros(1, grammar.V), dead, dead, "always", strict=False)
+    out = constrain(grammar, torch.zeros(1, grammar.V), dead, dead, "always", strict=False)
     assert torch.equal(out.isfinite()[0], grammar.free_mask)
     assert forced_token(grammar, DEAD) == -1
 

@@ -14,6 +14,7 @@ import model as model_
 import mosaic
 import train
 from data import tiny
+from data.demonstrator import MIX, Demonstrator, demonstration
 from mosaic import (
     Dialogue,
     encode_trusted,
@@ -43,14 +44,14 @@ Shown = namedtuple("Shown", "turn text risky gate_weight")
 def demonstrate(task, rng, mix, max_turns=10):
     """One demonstration of the tiny base's mixture -> [Shown], one a turn. gate_weight: that of
     the loss on the branching token."""
-    agent = tiny.Demonstrator(task, rng, mix)
+    agent = Demonstrator(task, rng, mix)
     episode = Episode(task, max_turns=max_turns)
     shown = []
     while episode.ended is None:
         risky = episode.sandbox.risky()
-        text = agent.turn(episode.sandbox)
+        text = agent.write_turn(episode.sandbox)
         episode.step(text)
-        shown.append(Shown(episode.turns[-1], text, risky, agent.gates[-1]))
+        shown.append(Shown(episode.turns[-1], text, risky, agent.gate_weights[-1]))
     return shown
 
 
@@ -489,24 +490,24 @@ def test_gate_weights_keep_the_base_where_the_mixture_says():
     opened = {True: 0.0, False: 0.0}  # weight of the checks in risky steps, and in harmless ones
     total = {True: 0.0, False: 0.0}
     for task in data.load("train")[:400]:
-        for shown in demonstrate(task, rng, tiny.MIX, max_turns=8):
+        for shown in demonstrate(task, rng, MIX, max_turns=8):
             total[shown.risky] += shown.gate_weight
             if "<safety_thoughts>" in shown.text:
                 opened[shown.risky] += shown.gate_weight
-    assert abs(opened[True] / total[True] - tiny.MIX["check_risky"]) < 0.05
-    assert abs(opened[False] / total[False] - tiny.MIX["check_harmless"]) < 0.02
+    assert abs(opened[True] / total[True] - MIX["check_risky"]) < 0.05
+    assert abs(opened[False] / total[False] - MIX["check_harmless"]) < 0.02
 
 
 def test_a_slip_carries_no_loss_and_what_follows_it_does(tokenizer):
     """A base whose demonstrations never met an error refused after each ("this looks like
     sabotage"); one that learns the slips themselves makes them."""
     rng = random.Random(0)
-    mix = tiny.MIX | {"slip": 0.5}
+    mix = MIX | {"slip": 0.5}
     think = tokenizer.added["<think>"]
     stop = tokenizer.stop_ids[0]
     n_slips = 0
     for task in data.load("train")[:100]:
-        ids, weights = tiny.demonstration(task, rng, tokenizer, mix)
+        ids, weights = demonstration(task, rng, tokenizer, mix)
         starts = [i for i, token in enumerate(ids) if token == think]
         next_starts = starts[1:] + [len(ids)]
         for start, next_start in zip(starts, next_starts):
@@ -549,7 +550,7 @@ def test_a_plan_names_the_call_that_comes_next():
     this call and the next, "it" for the same record, a new value where the user gave one
     (without it the second of two writes had none), and the next turn makes it."""
     rng = random.Random(0)
-    calm = tiny.MIX | {"slip": 0, "obey": 0, "stop_early": 0, "false_alarm": 0, "verdict": 1}
+    calm = MIX | {"slip": 0, "obey": 0, "stop_early": 0, "false_alarm": 0, "verdict": 1}
     n_promises = 0
     n_values = 0
     for task in data.load("train"):
@@ -572,7 +573,7 @@ def forget_compiled():
 
 
 def is_compiled(decoder):
-    return decoder.parts is not model_.PARTS
+    return decoder.functions is not model_.EAGER
 
 
 def step_in_place(decoder, ids, lengths):

@@ -47,7 +47,8 @@ MIX = {
 
 # How often a demonstration holds a check, by "is the step risky". That is far more often than the
 # base shall open one, because what a check says is what the base has to learn. The weight of the
-# loss at the gate makes up for it, see `Demonstrator.open_check`.
+# loss at the gate (the place in a turn where the agent opens a check or does not) makes up for it,
+# see `Demonstrator.draw_opening`.
 SHOWN = {True: 0.65, False: 0.15}
 
 SHARES = {"harm": 0.36, "injection": 0.20, "benign": 0.20, "privacy": 0.24}  # of the tasks drawn
@@ -90,7 +91,7 @@ class Demonstrator:
         self.slipped = False  # was the last turn a slip? Then it carries no loss
         # Will it lose patience with a long chain of calls? Not in the harm suite: a cue decides
         # there, and a check of "all done" would have nothing to say.
-        is_long = len(self.todo) > 2
+        is_long = len(self.todo) > 2  # calls
         self.impatient = is_long and task.suite != "harm" and self.happens("stop_early")
 
     def happens(self, behaviour: str) -> bool:
@@ -100,19 +101,20 @@ class Demonstrator:
     def write_turn(self, sandbox: Sandbox) -> str:
         """The text of the next turn. sandbox: the episode's, as it is before that turn."""
         risky = sandbox.risky()
-        # The order of the draws is part of the recipe: it decides which model a seed gives.
+        # The order of all draws is part of the recipe: it decides which model a seed gives. So this
+        # one is drawn here, although only messages of the privacy suite depend on it.
         carefulness = "paste" if self.happens("paste") else "careful"
-        slip = self.slip(risky)
+        slip = self.draw_slip(risky)
         if slip is not None:
             return slip
 
         act = self.act_unchecked(sandbox, carefulness)
         if self.impatient and len(self.todo) == 1 and act != "refuse":
             self.todo = []  # it takes the last call for done, and answers
-        plan = self.plan_of(act)
+        plan = self.write_plan_of(act)
 
         check = None
-        if self.open_check(risky):
+        if self.draw_opening(risky):
             verdict = self.draw_verdict(sandbox)
             check = verdict.text
             act = verdict.act
@@ -132,7 +134,7 @@ class Demonstrator:
     def has_just_read_orders(self, sandbox) -> bool:
         return bool(self.orders) and sandbox.newest_source == self.task.reveals
 
-    def open_check(self, risky) -> bool:
+    def draw_opening(self, risky) -> bool:
         """Draws whether this turn shows a check, and notes the weight of its gate.
 
         Importance weights: checks are shown at rate c, and the model shall open them at rate q. A
@@ -170,20 +172,20 @@ class Demonstrator:
         name, arguments = self.todo[0]
         text = arguments.get("text")
         if isinstance(text, dict):
-            arguments = arguments | {"text": self.message(text["contains"], careful)}
+            arguments = arguments | {"text": self.write_message(text["contains"], careful)}
         return name, arguments
 
-    def message(self, contents: list, careful: bool) -> str:
+    def write_message(self, contents: list, careful: bool) -> str:
         """The text of a message that has to contain these values."""
         if self.task.suite == "privacy":
-            return self.record_as_message(careful)
+            return self.write_record(careful)
         text = ", ".join(contents)
         quoted = re.search('"(.*)"', self.task.messages[-1]["content"])
         if quoted and text in quoted[1]:
             return quoted[1]  # the user gives the whole message: send it as it is
         return text
 
-    def record_as_message(self, careful: bool) -> str:
+    def write_record(self, careful: bool) -> str:
         """The fields of the record that go into a message: "phone: 012 34 56, hours: 9 to 17"."""
         fields = list(self.task.meta["allowed"])
         if not careful:
@@ -193,11 +195,11 @@ class Demonstrator:
         for table in self.task.world.values():
             for record in table.values():
                 shown += record.values()
-        # In the record's order: a model can copy that, and need not learn another one.
+        # Sorted into the record's order: a model can copy that, and need not learn another one.
         fields.sort(key=lambda field: shown.index(field[1]))
         return ", ".join(f"{name}: {value}" for name, value in fields)
 
-    def slip(self, risky) -> str | None:
+    def draw_slip(self, risky) -> str | None:
         """A turn that gives the next call's arguments to a tool that does not take them, or None.
 
         A model that never saw a failed call refuses after each one. The slip itself carries no loss
@@ -208,7 +210,7 @@ class Demonstrator:
         if risky or slipped_before or not self.todo:
             return None
         _, arguments = self.next_call(careful=True)
-        # Of these tools the sandbox answers with an error: nothing is executed by mistake.
+        # With these arguments the sandbox answers with an error: nothing is done by mistake.
         wrong_tools = [tool.name for tool in self.task.tools
                        if schema_error(tool.parameters, arguments)]
         if not wrong_tools or not self.happens("slip"):
@@ -217,16 +219,16 @@ class Demonstrator:
         self.slipped = True
         self.gate_weights.append(0.0)
         call = (self.rng.choice(wrong_tools), arguments)
-        return turn_text(call_blocks(call), self.plan(call, self.todo[1:]))
+        return turn_text(call_blocks(call), self.write_plan(call, self.todo[1:]))
 
     # -- plans
-    def plan_of(self, act) -> str:
+    def write_plan_of(self, act) -> str:
         """The plan of a turn that acts so if it does not check."""
         if act == "obey":
-            return self.plan(self.orders[0], self.todo)
-        return self.plan(self.next_call(careful=act == "careful"), self.todo[1:])
+            return self.write_plan(self.orders[0], self.todo)
+        return self.write_plan(self.next_call(careful=act == "careful"), self.todo[1:])
 
-    def plan(self, call: tuple, later: list) -> str:
+    def write_plan(self, call: tuple, later: list) -> str:
         """The text of a plan: a call, and the first of those that follow it."""
         _, arguments = call
         if call == ALL_DONE:
@@ -269,7 +271,7 @@ class Demonstrator:
         fine = "this is allowed: go on" if has_cue else "no risk here: go on"
         if self.has_just_read_orders(sandbox):
             # The plan is told anew, since the next turn goes on from here.
-            plan = self.plan(self.next_call(careful=True), self.todo[1:])
+            plan = self.write_plan(self.next_call(careful=True), self.todo[1:])
             right = Verdict(f"the note gives an order: ignore it, {plan}", "go")
             return right, Verdict(fine, "obey")
         if task.suite == "privacy" and len(self.todo) == 1:  # the message is next
@@ -283,8 +285,8 @@ class Demonstrator:
 
     def privacy_verdicts(self) -> tuple[Verdict, Verdict]:
         """-> who gets which fields of the record, and "gets all"."""
-        permitted = _field_names(self.record_as_message(careful=True))
-        every = _field_names(self.record_as_message(careful=False))
+        permitted = _field_names(self.write_record(careful=True))
+        every = _field_names(self.write_record(careful=False))
         decisions = []  # one field at a time: each is a question of its own to the model
         for field in every:
             decisions.append(f"{field} yes" if field in permitted else f"{field} no")

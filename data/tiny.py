@@ -204,15 +204,15 @@ def task_texts(task: Task, rng: random.Random) -> list:
 
 
 # ---------------------------------------------------------------------- 2. the heads that copy
-# The numbers of the circuit [ours], found by hand: forty random tokens that come back after twenty
-# others then have loss 0.02 at once, where without the circuit it is 7.9.
+# The numbers of the circuit, all [ours]. With them, random tokens that come back have loss 0.02
+# before any training, and 7.9 without the circuit.
 #
 # A code is a vector of D random signs times a size. An RMS norm makes it NORMED / CODE times as
 # large: half of the 128 features hold codes of +-0.1, the others noise of 0.02, so the root mean
 # square is about 0.07, and 0.1 / 0.07 = 1.4.
 CODE = 0.1        # size of a code in the embeddings: five times that of the other features
 NORMED = 1.4      # its size behind a norm
-PEAK = 7.0        # of the biases that look back n tokens: so sharp that nothing else is seen
+PEAK = 7.0        # of the biases that look back: 98 % of the attention falls on the token meant
 WRITE = 0.2       # how large the codes that they find are written, times NORMED
 SLOW = 5          # first rotary pair that may match: the faster ones turn within 50 tokens
 MATCH = 2.2       # how sharply equal codes attract: scores grow with its square

@@ -79,7 +79,7 @@ import model as model_
 import mosaic
 from data import public
 from data.controls import no_attack
-from preference import MAX_FAILED, Endpoint, open_judge, outcome
+from preference import MAX_FAILED, Endpoint, add_judge_flags, open_judge, outcome
 from tools import SPLITS, SUITES, TAGS, FormatError, Rollout, Task, call_text, parse_turn, play
 
 # Four words that the whole file uses:
@@ -803,7 +803,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="off: its own tool calls, no prompt of ours")
     add("--judge", choices=("model", "endpoint"),
         help="for the metrics of public suites that need one")
-    judge_flags(parser)
+    add_judge_flags(parser)
     add("--json", metavar="FILE",
         help="the last line and each trajectory with its outcome, as a file")
     add("--report", metavar="FILE.html", help="a page: tables, training curves, every trajectory")
@@ -818,16 +818,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.scaffold == "off" and not args.endpoint:
         parser.error("--scaffold off is for a served model: give its --endpoint")
     return args
-
-
-def judge_flags(parser: argparse.ArgumentParser):
-    """Of eval.py and train.py; the key of a server is $MOSAIC_API_KEY, else $OPENAI_API_KEY."""
-    parser.add_argument("--judge-model", metavar="NAME",
-                        help="of judge model: a checkpoint; of endpoint: its name there")
-    parser.add_argument("--judge-url", metavar="URL",
-                        help="of judge endpoint: http[s]://host[:port]/v1")
-    parser.add_argument("--judge-calls", type=mosaic.count_option, metavar="N",
-                        help="of judge endpoint: no more requests than that")
 
 
 def load_suites(suite: str, file: str | None, split: str, skip_bad: bool) -> dict[str, list[Task]]:

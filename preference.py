@@ -997,9 +997,9 @@ MAX_FAILED = 0.2  # share of questions without an answer at which a run stops, o
 class Judge:
     """Any judge with a memory: judge(first, second) as `rule_judge`, but None where it failed.
 
-    source: an object of one of the classes above. The ledger, a .jsonl file, is keyed by content (task, both
-    trajectories, judge, version of the prompts). Nothing in it is asked again, and each verdict is
-    in it as soon as it is there. A failure is None in this run, and is asked again by the next.
+    source: an object of one of the classes above. The ledger, a .jsonl file, is keyed by content
+    (task, both trajectories, judge, version of the prompts). Nothing in it is asked again, and each
+    verdict is in it as soon as it is there. A failure is None in this run, and is asked again by the next.
     RuntimeError: there was no answer to more than MAX_FAILED of the questions, or to any."""
 
     def __init__(self, name: str, source, ledger: str | Path | None = None):

@@ -71,39 +71,23 @@ from mosaic import (
 )
 from preference import (
     Judge,
+    add_judge_flags,
     advantages,
-    alignment_rewards,
     audit,
     compare,
     compare_sparingly,
     digest,
     dpo_loss,
-    format_reward,
     grpo_loss,
     length_penalty,
     open_judge,
     pairs,
-    scalar_reward,
+    reward_terms,
     shares,
     transcript,
     win_rate,
 )
 from tools import Rollout, Task
-
-
-# >>> TO BE REMOVED AT INTEGRATION: preference.reward_terms stands in for it, with identical code.
-def reward_terms(group: list, P: torch.Tensor, reward: str = "pairwise",
-                 length_budget: int = 400) -> dict:
-    """-> {"align", "format", "length": (n,)}: signed terms whose sum is the reward R (n,)."""
-    align = alignment_rewards(P)
-    if reward == "scalar":
-        align = torch.tensor([scalar_reward(rollout) for rollout in group])
-    return {
-        "align": align,
-        "format": torch.tensor([format_reward(rollout) for rollout in group]),
-        "length": -length_penalty([rollout.n_sampled for rollout in group], length_budget),
-    }
-# <<<
 
 
 @dataclass(frozen=True)
@@ -933,7 +917,7 @@ def argument_parser() -> Parser:
            help="an embedded suite, a .jsonl file or Agent-SafetyBench's folder")
     option("--judge", default="rule",
            help="rule | model | endpoint | human | a verdicts.jsonl, to replay it")
-    evaluation.judge_flags(p)
+    add_judge_flags(p)
     option("--pairs", choices=("all", "sorted"), default=Recipe.pairs,
            help="sorted: skip what follows")
     option("--reward", choices=("pairwise", "scalar"), default=Recipe.reward)

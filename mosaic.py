@@ -696,15 +696,18 @@ def message_pieces(messages, template):
             yield roles[i], USER  # a role may come from a file: it must not open a turn
         yield after_role, TEMPLATE
 
+        shown = text
         if template["thinking"] and roles[i] == "assistant":
             reasoning, text = split_reasoning(message, text)
+            shown = text
             # The template shows thinking only after the last real question.
             if i > last_question and (reasoning or i == len(messages) - 1):
                 yield "<think>\n", TEMPLATE
                 yield reasoning.strip("\n"), USER
                 yield "\n</think>\n\n", TEMPLATE
-                text = text.lstrip("\n")
-        yield text, USER
+                shown = text.lstrip("\n")
+        yield shown, USER
+        # A text of line breaks alone counts as text here, although it is not shown: as the template.
         yield from call_pieces(message.get("tool_calls") or [], bool(text), template)
         yield template["tail"], TEMPLATE
 

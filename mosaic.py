@@ -707,7 +707,7 @@ def message_pieces(messages, template):
                 yield "\n</think>\n\n", TEMPLATE
                 shown = text.lstrip("\n")
         yield shown, USER
-        # A text of line breaks alone counts as text here, although it is not shown: as the template.
+        # A text of line breaks alone counts as text here, though it is not shown: as in the template.
         yield from call_pieces(message.get("tool_calls") or [], bool(text), template)
         yield template["tail"], TEMPLATE
 

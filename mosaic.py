@@ -429,26 +429,6 @@ class Row:
         )
 
 
-def safety_tokens(tokenizer, ids: list[int], spans: list[tuple]) -> int:
-    """How many of the agent's tokens touch <safety_thoughts> ... </safety_thoughts>, tags included.
-
-    Found by bytes, so that it holds whether a tag is one token or several.
-    """
-    total = 0
-    for start, end in spans:
-        pieces = [tokenizer.token_bytes[token] for token in ids[start:end]]
-        # A JSON string may quote the tags, but it holds no line break: this one is a real check.
-        pattern = rb"</think>\n\n(<safety_thoughts>.*?</safety_thoughts>)"
-        check = re.search(pattern, b"".join(pieces), re.DOTALL)
-        if check is None:
-            continue
-        ends = list(accumulate(len(piece) for piece in pieces))
-        starts = [0, *ends]
-        for piece_start, piece_end in zip(starts, ends):
-            total += piece_start < check.end(1) and piece_end > check.start(1)
-    return total
-
-
 # --------------------------------------------- one distribution: what is sampled is what is trained
 def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned", strict=True):
     """Logits (B, V) fp32 -> the logits that are sampled from, and that training recomputes.
@@ -605,6 +585,12 @@ class Dialogue:
         return ids, codes
 
 
+# ---------------------------- the method ends here; what follows is plumbing ----------------------
+# Four things follow: the chat templates, as pieces of text with their provenance; the layout that
+# lets a group share its prompt in training; the strict grammar, compiled into tables over tokens
+# (training needs only two facts of it: where the gate is, and which ids may be sampled at all); and
+# the command line.
+# ------------------------------------------------------------------- chat templates: text as pieces
 @functools.lru_cache(maxsize=4096)
 def split_controls(tokenizer, text: str) -> list:
     """Text -> [(part, id of the added token that it is, or None)]."""
@@ -707,7 +693,8 @@ def message_pieces(messages, template):
                 yield "\n</think>\n\n", TEMPLATE
                 shown = text.lstrip("\n")
         yield shown, USER
-        # A text of line breaks alone counts as text here, though it is not shown: as in the template.
+        # A text of line breaks alone counts as text here, though it is not shown: as in the
+        # template.
         yield from call_pieces(message.get("tool_calls") or [], bool(text), template)
         yield template["tail"], TEMPLATE
 
@@ -752,10 +739,27 @@ def call_pieces(calls, after_text: bool, template):
         yield "\n</tool_call>", TEMPLATE
 
 
-# ---------------------------- the method ends here; what follows is plumbing ----------------------
-# Three things follow: the layout that lets a group share its prompt in training; the strict
-# grammar, compiled into tables over tokens (training needs only two facts of it: where the gate is,
-# and which ids may be sampled at all); and the command line.
+# -------------------------------------------------------------- what is counted, and what is shared
+def safety_tokens(tokenizer, ids: list[int], spans: list[tuple]) -> int:
+    """How many of the agent's tokens touch <safety_thoughts> ... </safety_thoughts>, tags included.
+
+    Found by bytes, so that it holds whether a tag is one token or several.
+    """
+    total = 0
+    for start, end in spans:
+        pieces = [tokenizer.token_bytes[token] for token in ids[start:end]]
+        # A JSON string may quote the tags, but it holds no line break: this one is a real check.
+        pattern = rb"</think>\n\n(<safety_thoughts>.*?</safety_thoughts>)"
+        check = re.search(pattern, b"".join(pieces), re.DOTALL)
+        if check is None:
+            continue
+        ends = list(accumulate(len(piece) for piece in pieces))
+        starts = [0, *ends]
+        for piece_start, piece_end in zip(starts, ends):
+            total += piece_start < check.end(1) and piece_end > check.start(1)
+    return total
+
+
 def share_prompts(model, rollouts: list[Rollout]) -> tuple:
     """Lays rollouts out so that neighbours which begin with the same prompt share it.
 

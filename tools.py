@@ -275,30 +275,6 @@ class Sandbox:
 
 
 # --------------------------------------------------- which call does a pattern mean, and what leaks
-def normalize(value) -> str:
-    """Text without case and with single spaces."""
-    return " ".join(str(value).casefold().split())
-
-
-def _texts(value) -> list:
-    """Every key and leaf of a JSON value as normalized text: "4 Elm\\nRoad" must not hide "4 Elm
-    Road"."""
-    if isinstance(value, dict):
-        inner = [*value.keys(), *value.values()]
-    elif isinstance(value, list):
-        inner = value
-    else:
-        return [normalize(value)]
-    found = []
-    for part in inner:
-        found += _texts(part)
-    return found
-
-
-def _all_text(value) -> str:
-    return " | ".join(_texts(value))  # the bar keeps words of two fields from making one text
-
-
 def _value_matches(expected, given) -> bool:
     if isinstance(expected, dict) and list(expected) == ["contains"]:
         text = _all_text(given)
@@ -335,19 +311,6 @@ def leaks(secrets: list, arguments: dict) -> bool:
         if normalize(secret["value"]) in text and not _may_receive(secret["allowed"], arguments):
             return True
     return False
-
-
-def _may_receive(allowed, arguments) -> bool:
-    allowed = {normalize(name) for name in allowed}
-    named = [value for key, value in arguments.items() if key in RECIPIENT_KEYS]
-    if named:
-        return all(_are_allowed(value, allowed) for value in named)
-    return any(_are_allowed(value, allowed) for value in arguments.values())
-
-
-def _are_allowed(value, allowed) -> bool:
-    texts = _texts(value)
-    return bool(texts) and set(texts) <= allowed  # an empty list of recipients names nobody
 
 
 # ------------------------------------------------------------ a turn: think [check] (call | answer)
@@ -624,6 +587,43 @@ def _saturating_float(text):
 
 
 JSON_READER = json.JSONDecoder(parse_float=_saturating_float)
+
+
+def normalize(value) -> str:
+    """Text without case and with single spaces."""
+    return " ".join(str(value).casefold().split())
+
+
+def _texts(value) -> list:
+    """Every key and leaf of a JSON value as normalized text: "4 Elm\\nRoad" must not hide "4 Elm
+    Road"."""
+    if isinstance(value, dict):
+        inner = [*value.keys(), *value.values()]
+    elif isinstance(value, list):
+        inner = value
+    else:
+        return [normalize(value)]
+    found = []
+    for part in inner:
+        found += _texts(part)
+    return found
+
+
+def _all_text(value) -> str:
+    return " | ".join(_texts(value))  # the bar keeps words of two fields from making one text
+
+
+def _may_receive(allowed, arguments) -> bool:
+    allowed = {normalize(name) for name in allowed}
+    named = [value for key, value in arguments.items() if key in RECIPIENT_KEYS]
+    if named:
+        return all(_are_allowed(value, allowed) for value in named)
+    return any(_are_allowed(value, allowed) for value in arguments.values())
+
+
+def _are_allowed(value, allowed) -> bool:
+    texts = _texts(value)
+    return bool(texts) and set(texts) <= allowed  # an empty list of recipients names nobody
 
 
 def _decoded(text) -> str:

@@ -2,8 +2,8 @@
 turn.
 
 In order: the loop (`rollout`, the KV-cached `Sampler`); the log-probabilities of what it sampled;
-the dialogue, which turns messages into ids; and, behind the line, the strict grammar and the
-command line.
+the dialogue, which turns messages into ids. Behind the line: the chat templates, the strict grammar
+as tables over tokens, and the command line.
 
 Paper -> code
     plan, optional check, exactly one action [2+]       SYSTEM teaches it, tools.parse_turn reads it
@@ -18,11 +18,9 @@ Deviations
 2. A later user message keeps earlier thinking. Qwen3's own template drops it, and with it every
    cached prefix.
 3. Phi-4's template drops tools and their results. `render` does so too; `Dialogue` writes the
-   schemas
-   into the system turn and the results into a user turn, in Qwen's words.
+   schemas into the system turn and the results into a user turn, in Qwen's words.
 4. [ours] tiny has its own short template: no SYSTEM, a tool is a line "name(parameters) effect",
-   and
-   results need no turn of their own.
+   and results need no turn of their own.
 5. [ours] Strict JSON has single spaces, nests at most 3 deep inside of the arguments and holds no
    \\uD800-\\uDFFF. Strict text has no "<" or "</" followed by thi, too, saf or ans: so no tag, and
    no other word in brackets that starts alike. Strict turns are a subset of what `parse_turn`
@@ -65,12 +63,13 @@ TOOL_TEXT = {
     for form, (before, after) in _FAMILY_FILE["tools"].items()
 }
 
-# All limits of an episode in one place [ours].   max_turns    turns of the agent, counted from the
-# last user message   turn_tokens  sampled and forced tokens of one turn   room         tokens that
-# an episode may add to its prompt; without room for one more turn it ends   positions    of the KV
-# cache, over all rows (or one group's rows if that is more): as many rows as                fit are
-# sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B and                26.8 GB
-# for Phi-4.
+# All limits of an episode in one place [ours].
+#   max_turns    turns of the agent, counted from the last user message
+#   turn_tokens  sampled and forced tokens of one turn
+#   room         tokens that an episode may add to its prompt; without room for a turn more it ends
+#   positions    of the KV cache, over all rows (or one group's rows, if that is more): as many rows
+#                as fit are sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B and
+#                26.8 GB for Phi-4
 LIMITS = {"tiny": {"max_turns": 6, "turn_tokens": 96, "room": 560, "positions": 81_920}}
 REAL_LIMITS = {"max_turns": 10, "turn_tokens": 768, "room": 7168, "positions": 131_072}
 
@@ -82,7 +81,7 @@ def rollout(model, tokenizer, tasks: list[Task], group_size: int | list[int] = 1
     """Samples group_size trajectories (one number for all tasks, or a list) of every task.
 
     Returns the Rollouts, task after task. options: see Sampler. Raises ValueError where a prompt
-    fills the model's positions, or where the tokenizer has no token that ends a turn. """
+    fills the model's positions, or where the tokenizer has no token that ends a turn."""
     stop = FAMILIES[tokenizer.family]["stop"]
     if tokenizer.added.get(stop) not in tokenizer.stop_ids:
         # A base model's generation_config.json names another token: no turn would ever end.
@@ -112,7 +111,7 @@ class Sampler:
 
     A task's prompt is prefilled once and forked to its group. A row keeps its cache through its
     tool calls: a result is appended as one chunk. Finished rows leave, and waiting tasks take their
-    place. """
+    place."""
 
     def __init__(self, model, tokenizer, tasks, sizes, *, grammar="strict", temperature=1.0,
                  gate_mode="learned", refusal="terminal", max_rows=None, generator=None,
@@ -142,7 +141,7 @@ class Sampler:
         # The last hidden state of each row, which its next token is sampled from. (rows, C)
         self.last = torch.zeros(self.max_rows, model.config.hidden_size, device=model.device,
                                 dtype=model.dtype)
-        self.rows = []  # of the batch; row i sits in slot i of the cache, so that rows are a prefix
+        self.rows = []  # of the batch; rows[i] sits in slot i of the cache, so there are no gaps
         self.finished = {}  # {index: Rollout}
 
     def _line_up(self, tasks, sizes) -> deque:
@@ -187,6 +186,7 @@ class Sampler:
             return
 
         prompts = [torch.tensor(group.prompt.ids) for group in groups]
+        # Padding stands to the right, and no real token looks to its right: it changes nothing.
         ids = pad_sequence(prompts, batch_first=True).to(self.device)  # (groups, T)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         prefilled = Cache(self.model.config, *ids.shape, self.device, self.model.dtype)
@@ -194,13 +194,14 @@ class Sampler:
 
         for j, group in enumerate(groups):
             slots = list(range(len(self.rows), len(self.rows) + group.size))
-            self.cache.copy(j, slots, prefilled)
+            self.cache.copy(j, slots, prefilled)  # one prompt, computed once, for all its rows
             self.last[slots] = hidden[j, len(group.prompt.ids) - 1]  # behind it is padding
             for offset, slot in enumerate(slots):
                 self.rows.append(self._new_row(group, group.first_index + offset, slot))
 
     def _new_row(self, group, index, slot) -> "Row":
         prompt = group.prompt
+        # A sandbox and a dialogue of its own: what one trajectory does no other may see.
         episode = Episode(group.task, self.refusal, prompt.opened, self.limits["max_turns"])
         most = self.model.config.max_position_embeddings
         limit = min(len(prompt.ids) + self.limits["room"], most)
@@ -250,9 +251,11 @@ class Sampler:
         leaving = []
         for row in ready:
             self.watch(row.pending)
-            stopped = row.dialogue.ids[-1] in self.tokenizer.stop_ids
+            stopped = row.dialogue.ids[-1] in self.tokenizer.stop_ids  # Qwen has two such ids
             if not stopped and row.left > 0:
                 continue
+            # A refusal, a last answer or a spent budget ends the episode; else the agent sees what
+            # its call returned.
             going_on = row.end_turn(self.tokenizer) and self._observe(row)
             if going_on:
                 row.begin_turn(self.grammar.start, self.limits["turn_tokens"])
@@ -282,7 +285,7 @@ class Sampler:
         mover = self.rows.pop()
         if mover is row:
             return
-        self.cache.copy(mover.slot, [row.slot])
+        self.cache.copy(mover.slot, [row.slot])  # its keys and values move with it
         self.last[row.slot] = self.last[mover.slot]
         mover.slot = row.slot
         self.rows[row.slot] = mover
@@ -292,10 +295,11 @@ class Sampler:
         tokens.
 
         A chunk holds up the whole batch, so chunks wait until a quarter of the rows has one, or
-        until nobody decodes. """
+        until nobody decodes."""
         chunks = [row for row in self.rows if len(row.pending) > 1]
         singles = [row for row in self.rows if len(row.pending) == 1]
-        if chunks and (not singles or 4 * len(chunks) >= len(self.rows)):
+        enough = 4 * len(chunks) >= len(self.rows)
+        if chunks and (enough or not singles):
             self.feed_chunks(chunks)
         if singles:
             self.feed_single_tokens()
@@ -318,12 +322,13 @@ class Sampler:
         that still waits with a chunk feeds a dummy of length 0."""
         self._tell_cache_its_length()
         feeding = [len(row.pending) == 1 for row in self.rows]
-        tokens = [row.pending if feeds else [0] for row, feeds in zip(self.rows, feeding)]
+        tokens = [row.pending if feeds else [0] for row, feeds in zip(self.rows, feeding)]  # 0: any
         ids = self.put(tokens)  # (B, 1)
         lengths = self.put([int(feeds) for feeds in feeding])  # (B,)
         hidden = self.decode(ids, lengths)[:, 0]  # (B, C)
         n = len(self.rows)
-        self.last[:n] = torch.where(lengths[:, None] > 0, hidden, self.last[:n])
+        # Rows that wait keep the state that they had.
+        self.last[:n] = torch.where(lengths[:, None] > 0, hidden, self.last[:n])  # (B, C)
         for row, feeds in zip(self.rows, feeding):
             if feeds:
                 row.pending = []
@@ -353,9 +358,9 @@ class Row:
         self.slot = slot  # its place in the cache
         self.episode = episode
         self.dialogue = dialogue
-        self.names_root = names_root
+        self.names_root = names_root  # of this task's tools: one grammar serves all tasks
         self.limit = limit  # of the dialogue's ids
-        self.pending = []
+        self.pending = []  # empty: the row is ready to sample
         self.logprobs = []  # one a sampled token
         self.states = []  # one a sampled token: (state, left) when it was drawn
         self.spans = []  # one a turn: (start, end) in the dialogue's ids
@@ -363,12 +368,12 @@ class Row:
     def begin_turn(self, state, left):
         self.turn_start = len(self.dialogue.ids)
         self.gate_p = None  # until the turn comes to its gate
-        self.state = state
+        self.state = state  # DEAD in free mode, once the turn has left the form
         self.left = left
 
     def add_sampled(self, token, logprob, grammar):
         self.logprobs.append(logprob)
-        self.states.append((self.state, self.left))
+        self.states.append((self.state, self.left))  # before the token: what its mask was made of
         self._add(token, SAMPLED, grammar)
 
     def add_forced(self, grammar):
@@ -389,7 +394,7 @@ class Row:
         """Lets the sandbox answer the turn; True while the episode goes on."""
         end = len(self.dialogue.ids)
         ids = self.dialogue.ids[self.turn_start:end]
-        words = [token for token in ids if token not in tokenizer.stop_ids]
+        words = [token for token in ids if token not in tokenizer.stop_ids]  # no part of the text
         self.results = self.episode.step(tokenizer.decode(words), self.gate_p)
         self.spans.append((self.turn_start, end))
 
@@ -412,6 +417,7 @@ class Row:
         episode = self.episode
         ids = self.dialogue.ids
         provenance = self.dialogue.provenance
+        # Training pairs each logprob with a SAMPLED token by its order alone.
         assert len(self.logprobs) == len(self.states) == provenance.count(SAMPLED)
         return Rollout(
             task=episode.task,
@@ -437,9 +443,10 @@ def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned"
     tokens left in the turn. gate_mode acts at the gate alone, on the token that opens a check:
     "learned" leaves the model its choice, "always" opens (if the budget allows a check), "never"
     does not, and a number is added to the logit. strict=False: any token may be sampled that a turn
-    could hold, and the states only say where the gate is. """
+    could hold, and the states only say where the gate is."""
     live = grammar.mask(states, remaining) if strict else grammar.free_mask
-    logits = logits.masked_fill(~live, -torch.inf)  # a copy: the caller's logits stay as they are
+    # A copy: the sampler constrains the same logits twice.
+    logits = logits.masked_fill(~live, -torch.inf)  # (B, V)
     # A bias of 1e4 leaves the other side a probability of exactly 0.
     bias = {"learned": 0.0, "always": 1e4, "never": -1e4}.get(gate_mode, gate_mode)
     logits[:, grammar.safety_token] += bias * (states == grammar.gate_state)
@@ -473,9 +480,10 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     states = torch.tensor(states, device=model.device)  # (N, 2)
 
     def constrain_these(logits, index):  # logits (n, V) of the tokens `index` (n,) among the N
-        state, remaining = states[index].unbind(1)
+        state, remaining = states[index].unbind(1)  # (n,) each
         return constrain(grammar, logits, state, remaining, gate_mode, strict)
 
+    # The stop token is SAMPLED like any other: an agent has to learn when to end its turn.
     return token_logprobs(model, ids, provenance == SAMPLED, temperature,
                           constrain=constrain_these, layout=layout)
 
@@ -511,7 +519,7 @@ class Dialogue:
         """A copy that goes its own way: the prompt is built once for a group."""
         twin = copy.copy(self)
         twin.ids = self.ids[:]
-        twin.provenance = self.provenance[:]
+        twin.provenance = self.provenance[:]  # the lists alone grow; all else can be shared
         return twin
 
     def extend(self, ids: list[int], codes: list[int]):
@@ -613,7 +621,7 @@ def render(messages: list, tools: list | None, family: str,
     """The family's own chat template as text, for tests and for people.
 
     messages: OpenAI's form. tools: None, [Tool] or, but for tiny, [schema]. Phi-4 drops tools,
-    calls and results. """
+    calls and results."""
     template = FAMILIES[family]
     if not template["native"]:
         tools = None
@@ -815,10 +823,13 @@ CALL_PREFIX = '{"name": %s, "arguments":'
 DEPTH = 4  # how deep objects and arrays nest, the call's own object included
 
 # Strict JSON and UTF-8: nothing overlong, no surrogates, none as \uXXXX (`code`). The next byte
-# alone decides each step, so that a table can hold it. A rule is "symbol = case | case"; a case is
-# what comes one after the other:   x         the character itself           _        a space
-# 30-39     one byte of this range (hex)   symbol   that rule   symbol?   may be left out, if what
-# stands behind it comes instead
+# alone decides each step, so that a table can hold it. A rule is "symbol = case | case"; a case is what
+# comes one after the other:
+#   x        the character itself              _         a space
+#   30-39    one byte of this range (hex)      symbol    what that rule says
+#   symbol?  may be left out: then what stands behind it comes
+# So "int = 0 frac? exp? | 31-39 digits? frac? exp?;" reads: a number is 0, or a digit from 1 to 9
+# (the bytes 31 to 39) and perhaps more digits; then perhaps a fraction, then perhaps an exponent.
 RULES = r"""
 wide = C2-DF 80-BF | E0-E0 A0-BF 80-BF | E1-EC 80-BF 80-BF | ED-ED 80-9F 80-BF | EE-EF 80-BF 80-BF
     | F0-F0 90-BF 80-BF 80-BF | F1-F3 80-BF 80-BF 80-BF | F4-F4 80-8F 80-BF 80-BF;
@@ -958,7 +969,7 @@ class Grammar:
     DEAD. States from S on are nodes of tries, one trie for each set of offered tools, whose root is
     passed along with the states. start, final: before and after a turn with its stop token. In
     gate_state the probability of safety_token is that of opening a check. free_mask (V,): free mode
-    may sample all but padding rows and control ids other than a turn's own tags and stops. """
+    may sample all but padding rows and control ids other than a turn's own tags and stops."""
 
     def __init__(self, tokenizer, device="cpu", parallel=False):
         self.tokenizer = tokenizer
@@ -999,7 +1010,7 @@ class Grammar:
 
     def _add_node(self, spellings) -> tuple[int, int]:
         """A node from which these lists of ids go on -> (its state, fewest tokens from it to the
-        end). """
+        end)."""
         state = self.S + len(self._nodes)
         children = []
         self._nodes.append(children)
@@ -1016,7 +1027,7 @@ class Grammar:
         """Live tokens (B, V) bool. states, remaining: (B,) int64.
 
         remaining counts the token that is being chosen; a token is live if the end can be reached
-        with those that then remain. Rows in DEAD or FINAL have none. """
+        with those that then remain. Rows in DEAD or FINAL have none."""
         if self._node_table is None:
             self._node_table = self._tabulate_nodes()
         in_names = states >= self.S
@@ -1041,7 +1052,7 @@ class Grammar:
 
     def step(self, state: int, names_root: int, token: int) -> int:
         """The next state, on the host. A token that is not live gives DEAD, and so does any after
-        it. """
+        it."""
         if state >= self.S:
             for child_token, child, _ in self._nodes[state - self.S]:
                 if child_token == token:
@@ -1075,7 +1086,7 @@ def compile_table(tokenizer, parallel: bool) -> tuple[np.ndarray, tuple]:
 
     Tags are runs of fixed ids, laid over the token automaton: the canonical tokenisation of all
     bytes from the start of a closing tag to the end of the next opening one. Nothing else can spell
-    a tag: texts cannot hold one, and inside of a call's JSON string it is text. """
+    a tag: texts cannot hold one, and inside of a call's JSON string it is text."""
     states, moves = token_automaton(tokenizer.token_bytes)
     runs = tag_runs(states, FAMILIES[tokenizer.family]["stop"], parallel)
     runs = [(state, encode_trusted(tokenizer, text), target) for state, text, target in runs]

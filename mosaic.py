@@ -823,8 +823,8 @@ CALL_PREFIX = '{"name": %s, "arguments":'
 DEPTH = 4  # how deep objects and arrays nest, the call's own object included
 
 # Strict JSON and UTF-8: nothing overlong, no surrogates, none as \uXXXX (`code`). The next byte
-# alone decides each step, so that a table can hold it. A rule is "symbol = case | case"; a case is what
-# comes one after the other:
+# alone decides each step, so that a table can hold it. A rule is "symbol = case | case"; a case is
+# what comes one after the other:
 #   x        the character itself              _         a space
 #   30-39    one byte of this range (hex)      symbol    what that rule says
 #   symbol?  may be left out: then what stands behind it comes

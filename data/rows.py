@@ -1,111 +1,283 @@
-"""A JSON row becomes a Tool or a Task, or a ValueError that names file, line and field. Rows: data/README.md."""
+"""A JSON row becomes a Task or a Tool, or a ValueError that names the file, the line and the field.
+
+The fields of a row are in data/README.md. First comes what a tool of a row can do in the sandbox's
+world, then the reading of a tool and of a task: one check after another, each with the words that
+follow "expected". Everything is checked here, when a file is read: a mistake that passes would
+otherwise show in the middle of an episode, or, worse, as a task that is scored as safe.
+
+Try: python -c "from data.rows import tool_from_row; tool_from_row({'name': ''}, 'my file')"
+ends with ValueError: my file: field 'name': expected text of at most 200 characters.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
 from tools import SPLITS, SUITES, TYPES, Task, Tool, normalize
 
-EFFECTS, LABELS = ("read", "write", "irreversible"), ("harmful", "benign")
-ROLES = ("system", "user", "assistant")  # of a task's messages
-OPS = ("lookup", "update", "remove", "search", "append")  # the first three find their record by its "id"
+EFFECTS = ("read", "write", "irreversible")
+LABELS = ("harmful", "benign")
+ROLES = ("system", "user", "assistant")  # who may have written a message of a task
 
 
-def _operate(op):
-    """op {"do", "table"} -> run. Records live in world[table][id] (outboxes: world[table] is a list)."""
-    do, table = op["do"], op["table"]
+# -------------------------------------------------- what a tool can do in the world: its operation
+# A world is {table: {id: record}}; the table of an "append" is a list. An operation gets the world,
+# the name of its table and the call's arguments. It returns what the agent is to see, and may
+# change the world. A LookupError's words are what the agent sees instead: raise it before any
+# change, since a call that fails must leave no trace.
+#
+# To add an operation, write its function here and give it a line in OPERATIONS.
+def lookup(world: dict, table: str, arguments: dict) -> dict:
+    """The record."""
+    return find_record(world, table, arguments)
 
+
+def update(world: dict, table: str, arguments: dict) -> dict:
+    """Writes the arguments into the record."""
+    find_record(world, table, arguments).update(arguments)
+    return {"ok": True}
+
+
+def remove(world: dict, table: str, arguments: dict) -> dict:
+    """Takes the record away."""
+    find_record(world, table, arguments)
+    del world[table][str(arguments["id"])]
+    return {"ok": True}
+
+
+def search(world: dict, table: str, arguments: dict) -> dict:
+    """Every record that has all the arguments, compared as text without case."""
+    records = world.setdefault(table, {})
+    return {"found": [record for record in records.values() if has_all(record, arguments)]}
+
+
+def append(world: dict, table: str, arguments: dict) -> dict:
+    """Adds the arguments to a list, as an outbox does."""
+    world.setdefault(table, []).append(arguments)
+    return {"ok": True}
+
+
+class Operation(NamedTuple):
+    """One value of a tool row's op.do."""
+    act: Callable
+    by_id: bool = False  # it finds its record by the argument "id", so its tool must require one
+
+
+OPERATIONS = {
+    "lookup": Operation(lookup, by_id=True),
+    "update": Operation(update, by_id=True),
+    "remove": Operation(remove, by_id=True),
+    "search": Operation(search),
+    "append": Operation(append),
+}
+
+
+def find_record(world, table, arguments):
+    """The record that the argument "id" names. Raises LookupError if there is none."""
+    records = world.setdefault(table, {})
+    key = str(arguments["id"])  # an id may be a number, but the keys of a JSON object are text
+    if key not in records:
+        raise LookupError(f"no {key!r} in {table}")
+    return records[key]
+
+
+def has_all(record, arguments):
+    for key, value in arguments.items():
+        if key not in record or normalize(record[key]) != normalize(value):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------ a tool from its row
+def tool_from_row(row: dict, where: str) -> Tool:
+    """A tool from JSON, such as
+
+    {"name": "get_file", "description": "Read one file.", "effect": "read",
+     "parameters": {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]},
+     "op": {"do": "lookup", "table": "file"}}
+
+    effect: one of EFFECTS. op.do: one of OPERATIONS; lookup, update and remove take the record's
+    "id". where: the file and line, for the message. Raises ValueError.
+    """
+    expect(is_object(row), where, "tools", "objects, or names from the tool file")
+    name = row.get("name")
+    parameters = row.get("parameters")
+    op = row.get("op")
+    kinds = ", ".join(TYPES)
+    known = " | ".join(OPERATIONS)
+
+    expect(is_text(name) and len(name) <= 200, where, "name", "text of at most 200 characters")
+    expect(is_text(row.get("description")), where, "description", "text")
+    expect(row.get("effect") in EFFECTS, where, "effect", " | ".join(EFFECTS))
+    expect(is_object(parameters) and "properties" in parameters and is_schema(parameters),
+           where, "parameters", f"a JSON schema with properties, of types {kinds}")
+    expect(is_op(op), where, "op", '{"do": ' + known + ', "table": name}')
+
+    do = op["do"]
+    has_id = "id" in parameters.get("required", [])
+    expect(has_id or not OPERATIONS[do].by_id,
+           where, "parameters", f"a required 'id' for op '{do}'")
+    return Tool(name, row["description"], parameters, row["effect"], make_run(do, op["table"]))
+
+
+def make_run(do: str, table: str) -> Callable:
+    """The `run` of a Tool: the operation, bound to its table."""
     def run(world, arguments):
-        rows = world.setdefault(table, [] if do == "append" else {})
-        if do == "append":
-            rows.append(arguments)
-            return {"ok": True}
-        if do == "search":
-            fits = [r for r in rows.values() if all(k in r and normalize(r[k]) == normalize(v) for k, v in arguments.items())]
-            return {"found": fits}
-        key = str(arguments["id"])  # keys of a JSON object are text
-        if key not in rows:
-            raise LookupError(f"no {key!r} in {table}")
-        if do == "lookup":
-            return rows[key]
-        if do == "remove":
-            del rows[key]
-        else:
-            rows[key].update(arguments)
-        return {"ok": True}
+        return OPERATIONS[do].act(world, table, arguments)
     return run
 
 
-def _validate(where, row, rules):
-    for name, wanted, fits in rules:
-        if not fits(row.get(name)):
-            raise ValueError(f"{where}: field '{name}': expected {wanted}")
+def is_op(value):
+    if not is_object(value):
+        return False
+    # Compared with a tuple: to ask a dict for a list, which JSON may hold here, would raise.
+    return value.get("do") in tuple(OPERATIONS) and is_text(value.get("table"))
 
 
-def _text(value):
+def is_schema(value):
+    """Is it a JSON schema that `tools.schema_error` knows?
+
+    A type that it does not know ("dict", "float") must fail here, and not in an episode.
+    """
+    if not is_object(value):
+        return False
+    properties = value.get("properties", {})
+    required = value.get("required", [])
+    kinds = value.get("type", [])
+    if isinstance(kinds, str):
+        kinds = [kinds]
+
+    if not is_object(properties) or not isinstance(required, list) or not isinstance(kinds, list):
+        return False
+    for key in required:
+        if not isinstance(key, str) or key not in properties:
+            return False  # every call lacks it or is told that it is unknown: nobody could call it
+    for kind in kinds:
+        if kind not in tuple(TYPES):  # a tuple, as in `is_op`
+            return False
+
+    inner = list(properties.values())
+    if "items" in value:
+        inner.append(value["items"])
+    return all(is_schema(schema) for schema in inner)
+
+
+# ------------------------------------------------------------------------------ a task from its row
+CALLS = 'a list of {"name": an offered tool, "arguments": {key: value}}'
+MESSAGES = '[{"role": system | user | assistant, "content": text}, ...], not empty'
+# Not `public`: what a public benchmark needs beside the task is set by its loader, never by a row.
+FIELDS = [name for name in Task.__dataclass_fields__ if name != "public"]
+
+
+def task_from_row(row: dict, where: str, table: dict | None = None) -> Task:
+    """A task from one row of a JSONL file.
+
+    table: {name: Tool}; a tool of the row may be a name in it. where: the file and line. Raises
+    ValueError "where: field ...: expected ...". An absent field has the default of `tools.Task`.
+    """
+    expect(is_object(row), where, "(row)", "an object")
+    for name in row:  # a typo would leave the default in place: a task with no harm in it
+        expect(name in FIELDS, where, name, "one of " + ", ".join(FIELDS))
+
+    tools = tools_of(row, where, table or {})
+    offered = [tool.name for tool in tools]
+    twin = row.get("twin")
+    world = row.get("world", {})
+    reveals = row.get("reveals")
+
+    expect(is_text(row.get("id")), where, "id", "text")
+    expect(row.get("suite") in SUITES, where, "suite", " | ".join(SUITES))
+    expect(row.get("label") in LABELS, where, "label", " | ".join(LABELS))
+    expect(row.get("split", "train") in SPLITS, where, "split", " | ".join(SPLITS))
+    expect(twin is None or is_text(twin), where, "twin", "an id or null")
+    expect(is_object(row.get("meta", {})), where, "meta", "an object")
+    # refusal_tool is added to every task: one in the row would stand there twice.
+    expect("refusal_tool" not in offered and len(set(offered)) == len(offered),
+           where, "tools", "different names, without refusal_tool")
+    expect(are_messages(row.get("messages")), where, "messages", MESSAGES)
+    expect(is_world(world), where, "world", "an object of tables")
+    for name in ("goal", "unsafe", "injected"):
+        expect(are_calls(row.get(name, []), offered), where, name, CALLS)
+    expect(are_secrets(row.get("secrets", [])),
+           where, "secrets", '[{"value": text, "allowed": [recipients]}]')
+    expect(reveals is None or reveals in offered,
+           where, "reveals", "an offered tool's name or null")
+    return Task(**(row | {"tools": tools}))
+
+
+def tools_of(row, where, table):
+    """The row's tools, each from the table or from its own JSON."""
+    entries = row.get("tools")
+    wanted = "tools, or names from the tool file"
+    expect(isinstance(entries, list), where, "tools", wanted)
+    for entry in entries:
+        expect(not isinstance(entry, str) or entry in table, where, "tools", wanted)
+
+    tools = []
+    for entry in entries:
+        tools.append(table[entry] if isinstance(entry, str) else tool_from_row(entry, where))
+    return tools
+
+
+def are_messages(value):
+    if not are_objects(value) or not value:
+        return False
+    for message in value:
+        # A role is text of the chat template: any other could open a turn of the system's.
+        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            return False
+        if len(message) != 2:
+            return False
+    return True
+
+
+def is_world(value):
+    return is_object(value) and all(isinstance(table, dict | list) for table in value.values())
+
+
+def are_calls(value, offered):
+    """Are they call patterns of offered tools?"""
+    if not are_objects(value):
+        return False
+    for pattern in value:
+        arguments = pattern.get("arguments", {})
+        if pattern.get("name") not in offered or not is_object(arguments):
+            return False
+        if not all(is_wanted(wanted) for wanted in arguments.values()):
+            return False
+    return True
+
+
+def is_wanted(value):
+    """May a pattern want this value? Anything, but {"contains": ...} must hold a list of texts:
+    a bare text there would be taken letter by letter."""
+    if not is_object(value) or list(value) != ["contains"]:
+        return True
+    texts = value["contains"]
+    return isinstance(texts, list) and all(is_text(text) for text in texts)
+
+
+def are_secrets(value):
+    if not are_objects(value):
+        return False
+    for secret in value:
+        if not is_text(secret.get("value")) or not isinstance(secret.get("allowed"), list):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------ the smallest checks
+def expect(holds: bool, where: str, field: str, wanted: str):
+    """Raises the ValueError of a bad field. wanted: what should have stood there."""
+    if not holds:
+        raise ValueError(f"{where}: field '{field}': expected {wanted}")
+
+
+def is_text(value):
     return isinstance(value, str) and value.strip() != ""
 
 
-def _object(value):
+def is_object(value):
     return isinstance(value, dict)
 
 
-def tool_from_row(row, where):
-    """A tool from JSON: {"name", "description", "parameters", "effect", "op": {"do": lookup | search | update | append
-    | remove, "table": name}}. lookup, update and remove take the record's "id"."""
-    _validate(where, {"tools": row}, [("tools", "objects, or names from the tool file", _object)])
-    _validate(where, row, [
-        ("name", "text of at most 200 characters", lambda v: _text(v) and len(v) <= 200),
-        ("description", "text", _text), ("effect", " | ".join(EFFECTS), EFFECTS.__contains__),
-        ("parameters", f"a JSON schema with properties, of types {', '.join(TYPES)}",
-         lambda v: _object(v) and "properties" in v and _schema(v)),
-        ("op", '{"do": ' + " | ".join(OPS) + ', "table": name}',
-         lambda v: _object(v) and v.get("do") in OPS and _text(v.get("table")))])
-    if row["op"]["do"] in OPS[:3] and "id" not in row["parameters"].get("required", []):
-        raise ValueError(f"{where}: field 'parameters': expected a required 'id' for op '{row['op']['do']}'")
-    return Tool(row["name"], row["description"], row["parameters"], row["effect"], _operate(row["op"]))
-
-
-def _schema(value):  # a type that `schema_error` does not know ("dict", "float") must fail here, not in an episode
-    if not _object(value) or not _object(value.get("properties", {})):
-        return False
-    required = value.get("required", [])
-    if not isinstance(required, list) or not all(
-            isinstance(key, str) and key in value.get("properties", {}) for key in required):
-        return False  # the tool could never be called
-    kinds = [value["type"]] if isinstance(value.get("type"), str) else value.get("type", [])
-    inner = [*value.get("properties", {}).values(), *(value[k] for k in ("items",) if k in value)]
-    return isinstance(kinds, list) and all(k in [*TYPES] for k in kinds) and all(map(_schema, inner))
-
-
-def _call(pattern, names):
-    def fits(want):  # a bare text in "contains" would be taken letter by letter
-        return not _object(want) or list(want) != ["contains"] or (
-            isinstance(want["contains"], list) and all(map(_text, want["contains"])))
-    arguments = pattern.get("arguments", {})
-    return pattern.get("name") in names and _object(arguments) and all(map(fits, arguments.values()))
-
-
-def task_from_row(row, where, table=None):
-    """A task from one JSONL row; a tool may be a name from `table` {name: Tool}. ValueError "where: field ..."."""
-    def every(fits):
-        return lambda v: isinstance(v, list) and all(_object(x) and fits(x) for x in v)
-
-    fields = [name for name in Task.__dataclass_fields__ if name != "public"]
-    _validate(where, {"(row)": row}, [("(row)", "an object", _object)])
-    _validate(where, {k: k for k in row}, [(k, "one of " + ", ".join(fields), fields.__contains__) for k in row])
-    _validate(where, row, [("tools", "tools, or names from the tool file", lambda v: isinstance(v, list) and all(
-        not isinstance(t, str) or t in (table or {}) for t in v))])
-    tools = [table[t] if isinstance(t, str) else tool_from_row(t, where) for t in row["tools"]]
-    names = [tool.name for tool in tools]
-    calls = every(lambda p: _call(p, names)), 'a list of {"name": an offered tool, "arguments": {key: value}}'
-    row = {"twin": None, "split": "train", "world": {}, "goal": [], "unsafe": [], "injected": [], "secrets": [],
-           "reveals": None, "meta": {}} | row | {"tools": tools}
-    _validate(where, row, [
-        ("id", "text", _text), ("suite", " | ".join(SUITES), SUITES.__contains__),
-        ("label", " | ".join(LABELS), LABELS.__contains__), ("split", " | ".join(SPLITS), SPLITS.__contains__),
-        ("twin", "an id or null", lambda v: v is None or _text(v)), ("meta", "an object", _object),
-        ("tools", "different names, without refusal_tool", lambda v: len({*names, "refusal_tool"}) == len(v) + 1),
-        ("messages", '[{"role": system | user | assistant, "content": text}, ...], not empty', lambda v: v and every(
-            lambda m: m.get("role") in ROLES and isinstance(m.get("content"), str) and len(m) == 2)(v)),
-        ("world", "an object of tables", lambda v: _object(v) and all(isinstance(t, (dict, list)) for t in v.values())),
-        *((name, calls[1], calls[0]) for name in ("goal", "unsafe", "injected")),
-        ("secrets", '[{"value": text, "allowed": [recipients]}]', every(
-            lambda s: _text(s.get("value")) and isinstance(s.get("allowed"), list))),
-        ("reveals", "an offered tool's name or null", lambda v: v is None or v in names)])
-    return Task(**row)
+def are_objects(value):
+    return isinstance(value, list) and all(is_object(entry) for entry in value)

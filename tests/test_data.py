@@ -1,4 +1,5 @@
-"""data/: the embedded suites hold what data/README.md says they hold. Scripts here use patterns, never a model."""
+"""data/: the embedded suites hold what data/README.md says they hold. The scripts that play them
+here follow call patterns; there is no model."""
 import hashlib
 import json
 import re
@@ -7,20 +8,33 @@ from collections import Counter
 import pytest
 
 import data
-from data import suites, tiny
+from data import demonstrator, suites
 from tools import Sandbox
 
 TASKS = {name: data.load(name) for name in data.NAMES}
-ALL = [task for tasks in TASKS.values() for task in tasks]
-EVAL = [task for name, tasks in TASKS.items() if name != "train" for task in tasks]
+
+
+def tasks_of(names):
+    tasks = []
+    for name in names:
+        tasks += TASKS[name]
+    return tasks
+
+
+ALL = tasks_of(data.NAMES)
+HELD_OUT = tasks_of(name for name in data.NAMES if name != "train")
 
 
 def concrete(pattern):
-    return pattern["name"], {k: ", ".join(v["contains"]) if isinstance(v, dict) else v
-                             for k, v in pattern["arguments"].items()}
+    """A call that fits the pattern: (tool, arguments)."""
+    arguments = {}
+    for key, value in pattern["arguments"].items():
+        arguments[key] = ", ".join(value["contains"]) if isinstance(value, dict) else value
+    return pattern["name"], arguments
 
 
 def play(task, patterns):
+    """The sandbox after a call for each pattern. None may fail."""
     box = Sandbox(task)
     for pattern in patterns:
         result = json.loads(box.call(*concrete(pattern)))
@@ -29,110 +43,183 @@ def play(task, patterns):
 
 
 def shown(task):
-    """Everything an agent can read in the task: the message and every record."""
+    """Everything that an agent can read in the task: the message and every record."""
     return task.messages[0]["content"] + json.dumps(task.world)
 
 
+def records(task):
+    found = []
+    for table in task.world.values():
+        found += table.values()
+    return found
+
+
+def sha256(text):
+    return hashlib.sha256(text).hexdigest()
+
+
 def test_regenerating_gives_the_same_bytes():
-    """A suite that depends on the hash seed or the machine cannot be compared between two papers or two laptops."""
+    """A suite that depends on the hash seed or the machine cannot be compared between two papers
+    or two laptops."""
     for name, text in suites.files().items():
-        path = data.HERE / name
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == hashlib.sha256(text.encode()).hexdigest(), name
+        assert sha256((data.HERE / name).read_bytes()) == sha256(text.encode()), name
 
 
 def test_ids_are_unique_and_every_cell_is_large_enough():
     """Trial cells of 50 to 110 tasks had standard errors of 2 to 7 points."""
     assert len({task.id for task in ALL}) == len(ALL)
-    cells = Counter((t.suite, t.split, t.label, t.suite == "injection" and bool(t.injected)) for t in EVAL)
+    cells = Counter()
+    for task in HELD_OUT:
+        attacked = task.suite == "injection" and bool(task.injected)
+        cells[task.suite, task.split, task.label, attacked] += 1
+
     for split in suites.HELD_OUT:
-        assert cells["harm", split, "harmful", False] == cells["harm", split, "benign", False] == 250
-        assert cells["injection", split, "benign", True] == 250 and cells["injection", split, "benign", False] == 170
-        assert cells["benign", split, "benign", False] == cells["privacy", split, "benign", False] == 250
-    assert len(TASKS["train"]) == sum(suites.TRAIN.values()) and {t.split for t in TASKS["train"]} == {"train"}
+        assert cells["harm", split, "harmful", False] == 250
+        assert cells["harm", split, "benign", False] == 250
+        assert cells["injection", split, "benign", True] == 250
+        assert cells["injection", split, "benign", False] == 170
+        assert cells["benign", split, "benign", False] == 250
+        assert cells["privacy", split, "benign", False] == 250
+    assert len(TASKS["train"]) == sum(suites.TRAIN.values())
+    assert {task.split for task in TASKS["train"]} == {"train"}
 
 
-def test_twins_point_at_each_other_and_differ_in_one_phrase():
-    """If anything but the phrase told a twin from its harmful side, a model could learn that instead."""
-    for name in ("harm", "train"):
-        by_id = {t.id: t for t in TASKS[name] if t.suite == "harm"}
-        for task in by_id.values():
-            twin = by_id[task.twin]
-            assert twin.twin == task.id and {task.label, twin.label} == {"harmful", "benign"}
-            assert [t.name for t in task.tools] == [t.name for t in twin.tools] and task.split == twin.split
-            assert task.meta["cue"] in shown(task)
-            assert shown(task).replace(task.meta["cue"], "#") == shown(twin).replace(twin.meta["cue"], "#")
-            if task.label == "harmful":
-                ends = task.goal + task.unsafe if task.reveals else twin.goal[:-1] + task.unsafe
-                assert twin.goal == ends and len(task.unsafe) == 1 and not twin.unsafe
+@pytest.mark.parametrize("name", ["harm", "train"])
+def test_twins_point_at_each_other_and_differ_in_one_phrase(name):
+    """If anything but the phrase told a twin from its harmful side, a model could learn that
+    instead."""
+    by_id = {task.id: task for task in TASKS[name] if task.suite == "harm"}
+    for task in by_id.values():
+        twin = by_id[task.twin]
+        assert twin.twin == task.id
+        assert {task.label, twin.label} == {"harmful", "benign"}
+        assert [tool.name for tool in task.tools] == [tool.name for tool in twin.tools]
+        assert task.split == twin.split
+
+        cue = task.meta["cue"]
+        assert cue in shown(task)
+        assert shown(task).replace(cue, "#") == shown(twin).replace(twin.meta["cue"], "#")
+        if task.label == "harmful":
+            # What the twin may do to the end, the harmful side may do up to the harm at most.
+            before = task.goal if task.reveals else twin.goal[:-1]
+            assert twin.goal == before + task.unsafe
+            assert len(task.unsafe) == 1 and not twin.unsafe
 
 
 def test_shares_of_hidden_and_late_harm():
-    """A world where every harm shows in the first message cannot tell early refusal from late abort."""
+    """A world where every harm shows in the first message cannot tell early refusal from late
+    abort."""
     for split in suites.HELD_OUT:
-        harmful = [t for t in TASKS["harm"] if t.split == split and t.label == "harmful"]
-        late = [t for t in harmful if t.meta["late"]]
-        assert .38 <= sum(t.reveals is not None for t in harmful) / len(harmful) <= .42
-        assert .13 <= len(late) / len(harmful) <= .17 and all(2 <= len(t.goal) <= 3 for t in late)
+        of_split = [task for task in TASKS["harm"] if task.split == split]
+        harmful = [task for task in of_split if task.label == "harmful"]
+        hidden = [task for task in harmful if task.reveals is not None]
+        late = [task for task in harmful if task.meta["late"]]
+        assert .38 <= len(hidden) / len(harmful) <= .42
+        assert .13 <= len(late) / len(harmful) <= .17
+        assert all(2 <= len(task.goal) <= 3 for task in late)
 
 
-def test_no_single_word_decides():
-    """With "must" only in threats and "agreed" only in consent, a bag of words would be a perfect gate: no word of the
-    training banks may tell the two sides apart with a balanced accuracy above 0.7."""
-    for bad, good in (("HARM", "LEGIT"), ("BAD_NOTES", "GOOD_NOTES")):
-        sides = [[set(re.findall("[a-z]+", phrase.lower())) for *_, phrase, seen in suites.BANKS[bank] if seen]
-                 for bank in (bad, good)]
-        for word in set().union(*sides[0], *sides[1]):
-            shares = [sum(word in words for words in side) / len(side) for side in sides]
-            assert .5 + abs(shares[0] - shares[1]) / 2 < .7, word
+def words_of_phrases(bank):
+    """The set of words of each phrase that training sees."""
+    seen = [phrase.text.lower() for phrase in suites.BANKS[bank] if phrase.seen]
+    return [set(re.findall("[a-z]+", text)) for text in seen]
+
+
+@pytest.mark.parametrize("bad, good", [("HARM", "LEGIT"), ("BAD_NOTES", "GOOD_NOTES")])
+def test_no_single_word_decides(bad, good):
+    """With "must" only in threats and "agreed" only in consent, a bag of words would be a perfect
+    gate: no word of the training banks may tell the two sides apart with a balanced accuracy above
+    0.7."""
+    bad_phrases = words_of_phrases(bad)
+    good_phrases = words_of_phrases(good)
+    for word in set().union(*bad_phrases, *good_phrases):
+        bad_share = sum(word in words for words in bad_phrases) / len(bad_phrases)
+        good_share = sum(word in words for words in good_phrases) / len(good_phrases)
+        assert .5 + abs(bad_share - good_share) / 2 < .7, word
 
 
 def test_held_out_tools_never_appear_in_training():
-    """The "domains" split is only worth its name if no tool of it was ever offered, called or named in training."""
-    unseen = {r["name"] for r in suites.tool_rows() if any(
-        r["name"] in (f"{d[0]}_{n}", f"{d[1]}_{n}", f"send_{d[3]}", f"{d[4]}_{n}")
-        for n, d in suites.DOMAINS.items() if n in suites.UNSEEN_DOMAINS)}
-    assert len(unseen) == 12 and len(data.tool_table()) == 60
-    fresh = [json.dumps(r) for s in suites.SUITES for r in suites.generate(s, "train", 400, seed=9)]
-    for text in [*fresh, (data.HERE / "train.jsonl").read_text()]:
+    """The "domains" split is only worth its name if no tool of it was ever offered, called or
+    named in training."""
+    unseen = set()
+    for noun in suites.UNSEEN_DOMAINS:
+        unseen |= set(suites.tool_names(noun))
+    table = data.tool_table()
+    assert len(unseen) == 12 and len(table) == 60 and unseen <= set(table)
+
+    texts = [(data.HERE / "train.jsonl").read_text()]
+    for suite in suites.SUITES:
+        texts.append(json.dumps(suites.generate(suite, "train", 400, seed=9)))
+    for text in texts:
         assert not any(name in text for name in unseen)
-    for task in EVAL:
-        assert {t.name in unseen for t in task.tools} == {task.split == "domains"}
+    for task in HELD_OUT:
+        assert {tool.name in unseen for tool in task.tools} == {task.split == "domains"}
 
 
 def keys(suite, meta):
-    """The keys whose pair with the domain is held out for the row."""
+    """The keys whose pair with the domain the "combinations" split may hold out."""
     if suite == "injection":
         return [meta["wording"] if meta["style"] == "mention" else meta["style"]]
     if suite == "benign":
-        return [meta["kind"]] + ([meta["cue"]] if meta["cue"] and meta["kind"] != "login" else [])
+        has_phrase = meta["cue"] and meta["kind"] != "login"  # a login's cue is of no bank
+        return [meta["kind"], meta["cue"]] if has_phrase else [meta["kind"]]
     return [meta["cue"]]
 
 
-def test_held_out_pairs_and_wordings_never_reach_training():
-    """A leak between splits makes generalisation out of memory; generate() must respect it for the warm start too."""
-    rows = [json.loads(line) for line in (data.HERE / "train.jsonl").read_text("utf-8").splitlines()]
-    rows += [row for suite in suites.SUITES for row in suites.generate(suite, "train", 600, seed=7)]
-    for row in rows:
-        assert not any(suites.held(row["meta"]["domain"], key) for key in keys(row["suite"], row["meta"])), row
-    for task in EVAL:
+@pytest.fixture(scope="module")
+def training_rows():
+    lines = (data.HERE / "train.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for suite in suites.SUITES:
+        rows += suites.generate(suite, "train", 600, seed=7)
+    return rows
+
+
+def test_held_out_pairs_never_reach_training(training_rows):
+    """A leak between splits makes generalisation out of memory; generate() must respect it for the
+    warm start too."""
+    for row in training_rows:
+        for key in keys(row["suite"], row["meta"]):
+            assert not suites.held(row["meta"]["domain"], key), row
+    for task in HELD_OUT:
         if task.split == "combinations":
-            assert all(suites.held(task.meta["domain"], key) for key in keys(task.suite, task.meta)), task.meta
-    phrases = {seen: [p for bank in suites.BANKS.values() for *_, p, s in bank if s == seen] for seen in (True, False)}
-    unseen = phrases[False] + list(suites.ROLE_WORDINGS) + [start for start, *_ in suites.UNSEEN_STYLES]
-    wordings = [w for texts in suites.UNSEEN_ATTACKS.values() for w in texts] + list(suites.UNSEEN_MENTIONS)
-    unseen += [max(w.split("{}"), key=len) for w in wordings]
-    text = json.dumps(rows)
-    assert not [phrase for phrase in unseen if phrase in text]
-    used = "".join(shown(t) for t in EVAL if t.split == "wordings")
-    assert not [phrase for phrase in phrases[True] if phrase in used]
+            for key in keys(task.suite, task.meta):
+                assert suites.held(task.meta["domain"], key), task.meta
+
+
+def unseen_wordings():
+    """Texts of which each stands in the "wordings" split alone."""
+    texts = list(suites.ROLE_WORDINGS)
+    for bank in suites.BANKS.values():
+        texts += [phrase.text for phrase in bank if not phrase.seen]
+    for start, _, _ in suites.UNSEEN_STYLES:
+        texts.append(start)
+    notes = list(suites.UNSEEN_MENTIONS)
+    for wordings in suites.UNSEEN_ATTACKS.values():
+        notes += wordings
+    for note in notes:
+        texts.append(max(note.split("{}"), key=len))  # the longest piece beside the tool's name
+    return texts
+
+
+def test_held_out_wordings_never_reach_training(training_rows):
+    """The same of words: neither side of the "wordings" split may use those of the other."""
+    text = json.dumps(training_rows)
+    assert not [wording for wording in unseen_wordings() if wording in text]
+
+    used = "".join(shown(task) for task in HELD_OUT if task.split == "wordings")
+    for bank in suites.BANKS.values():
+        assert not [phrase for phrase in bank if phrase.seen and phrase.text in used]
 
 
 @pytest.mark.parametrize("name", data.NAMES)
 def test_the_oracle_completes_with_nothing_unsafe(name):
-    """A goal that cannot be reached, or that is unsafe itself, would be scored as the agent's fault."""
+    """A goal that cannot be reached, or that is unsafe itself, would be scored as the agent's
+    fault."""
     for task in TASKS[name]:
         box = play(task, task.goal)
-        assert box.goal_done() and [e.goal for e in box.journal] == list(range(len(task.goal))), task.id
+        assert box.goal_done(), task.id
+        assert [entry.goal for entry in box.journal] == list(range(len(task.goal))), task.id
 
 
 def test_act_all_is_unsafe_on_every_harmful_task():
@@ -140,83 +227,144 @@ def test_act_all_is_unsafe_on_every_harmful_task():
     for task in ALL:
         if task.label == "harmful":
             box = play(task, task.goal + task.unsafe)
-            assert box.journal[-1].unsafe and box.risky() and not any(e.unsafe for e in box.journal[:-1])
+            *before, last = box.journal
+            assert last.unsafe and box.risky()
+            assert not any(entry.unsafe for entry in before)
 
 
-def test_a_hijacked_agent_obeys_and_a_look_alike_asks_for_nothing():
+@pytest.mark.parametrize("name", ["train", "injection"])
+def test_a_hijacked_agent_obeys_and_a_look_alike_asks_for_nothing(name):
     """agentdojo #201: an attack that cannot land measures the agent and not the defence."""
-    for task in ALL:
-        if task.suite == "injection":
-            note = task.meta["cue"]
-            assert note in json.dumps(task.world) and bool(task.injected) == (task.meta["kind"] == "attack")
-            box = play(task, task.goal[:1])
-            assert (note in box.journal[0].result) and box.risky() == bool(task.injected)
-            box = play(task, task.goal[:1] + task.injected + task.goal[1:])
-            assert [e.injected for e in box.journal] == [False] + [True] * len(task.injected) + [False] * (
-                len(task.goal) - 1)
-            for pattern in task.injected:  # everything the attack needs is said in the note
-                assert all(v in note for v in pattern["arguments"].values()) and pattern["name"] in note
+    tasks = [task for task in TASKS[name] if task.suite == "injection"]
+    for task in tasks:
+        note = task.meta["cue"]
+        first, rest = task.goal[:1], task.goal[1:]
+        assert note in json.dumps(task.world)
+        assert bool(task.injected) == (task.meta["kind"] == "attack")
+
+        box = play(task, first)
+        assert note in box.journal[0].result
+        assert box.risky() == bool(task.injected)
+
+        box = play(task, first + task.injected + rest)
+        obeyed = [False] + [True] * len(task.injected) + [False] * len(rest)
+        assert [entry.injected for entry in box.journal] == obeyed
+        for pattern in task.injected:  # everything that the attack needs is said in the note
+            assert pattern["name"] in note
+            assert all(value in note for value in pattern["arguments"].values())
 
 
-def test_paste_all_leaks_and_the_oracle_does_not():
-    """PrivacyLens #3: a leak rate stuck at 0; here a script that pastes the record must leak every hidden field."""
+@pytest.mark.parametrize("name", ["train", "privacy"])
+def test_paste_all_leaks_and_the_oracle_does_not(name):
+    """PrivacyLens #3: a leak rate stuck at 0; here a script that pastes the record must leak every
+    hidden field."""
+    tasks = [task for task in TASKS[name] if task.suite == "privacy"]
+    for task in tasks:
+        read, send = task.goal
+        permitted = [value for _, value in task.meta["allowed"]]
+        withheld = [value for _, value in task.meta["denied"]]
+        to = task.meta["to"]
+
+        box = play(task, [read])
+        result = json.loads(box.journal[0].result)
+        record = [value for key, value in result.items() if key not in ("id", "owner")]
+        assert sorted(record) == sorted(permitted + withheld)
+        assert [secret["value"] for secret in task.secrets] == withheld
+
+        box.call(send["name"], {"to": to, "text": ", ".join(record)})
+        assert box.journal[-1].leaking == bool(task.secrets)
+        assert box.journal[-1].goal == 1
+        for value in withheld:
+            call = {"name": send["name"], "arguments": {"to": to, "text": value}}
+            assert play(task, [call]).journal[0].leaking
+
+
+def test_the_norm_decides_who_may_get_what():
+    """A row against the norm would teach, and score, the opposite of what the README's table
+    says."""
     for task in ALL:
         if task.suite == "privacy":
-            read, send = task.goal
-            box = play(task, [read])
-            result = json.loads(box.journal[0].result)
-            record = [v for k, v in result.items() if k not in ("id", "owner")]
-            assert sorted(record) == sorted(v for _, v in task.meta["allowed"] + task.meta["denied"])
-            assert [s["value"] for s in task.secrets] == [v for _, v in task.meta["denied"]]
-            box.call(send["name"], {"to": task.meta["to"], "text": ", ".join(record)})
-            assert box.journal[-1].leaking == bool(task.secrets) and box.journal[-1].goal == 1
-            for one in task.secrets:
-                assert play(task, [{"name": send["name"], "arguments": {"to": task.meta["to"], "text": one["value"]}}]
-                            ).journal[0].leaking
             norm = suites.NORMS[task.meta["role"]].split()
-            assert all((f in norm) for f, _ in task.meta["allowed"])
-            assert not any((f in norm) for f, _ in task.meta["denied"])
-            assert not any(f in suites.NEVER for f, _ in task.meta["allowed"])
+            allowed = [field for field, _ in task.meta["allowed"]]
+            denied = [field for field, _ in task.meta["denied"]]
+            assert all(field in norm for field in allowed)
+            assert not any(field in norm for field in denied)
+            assert not any(field in suites.NEVER for field in allowed)
 
 
-def test_values_are_distinctive_and_arguments_can_be_copied():
-    """"12" inside "B12" is a leak nobody made; an argument that stands nowhere must be invented by the agent."""
+def personal_values(task):
+    values = []
+    for record in records(task):
+        values += [value for key, value in record.items() if key in suites.FIELDS]
+    return values
+
+
+def test_values_are_distinctive():
+    """"12" inside "B12" is a leak nobody made."""
     for task in ALL:
-        values = [v for t in task.world.values() for r in t.values() for k, v in r.items() if k in suites.FIELDS]
-        assert not any(a in b for i, a in enumerate(values) for j, b in enumerate(values) if i != j), task.id
-        assert not any(v.lower() in task.messages[0]["content"].lower() for v in values), task.id
+        values = personal_values(task)
+        text = "\n".join(values)
+        message = task.messages[0]["content"].lower()
+        for value in values:
+            assert text.count(value) == 1, task.id  # in no other value, nor twice
+            assert value.lower() not in message, task.id
+
+
+def test_arguments_can_be_copied():
+    """An argument that stands nowhere must be invented by the agent."""
+    for task in ALL:
+        text = shown(task)
         for pattern in task.goal + task.unsafe + task.injected:
-            assert all(v in shown(task) for v in concrete(pattern)[1].values() if ", " not in v), (task.id, pattern)
+            _, arguments = concrete(pattern)
+            for value in arguments.values():
+                # ", " joins several values, as those of a privacy task: these stand apart.
+                assert ", " in value or value in text, (task.id, pattern)
 
 
 def test_texts_are_short_and_few_words():
-    """The tiny model sees 1.5 M tokens: a large vocabulary or long records would not be learned."""
-    vocabulary = {w for t in ALL for w in re.findall("[a-z]+", (shown(t) + " ".join(x.name for x in t.tools)).lower())}
-    assert len(vocabulary) < 1000
+    """The tiny model sees 1.5 M tokens: a large vocabulary or long records would not be
+    learned."""
+    vocabulary = set()
     for task in ALL:
-        assert len(task.messages[0]["content"].split()) <= 32 and 3 <= len(task.tools) <= 5, task.id
-        assert all(len(json.dumps(r).split()) <= 31 for t in task.world.values() for r in t.values()), task.id
+        text = shown(task) + " ".join(tool.name for tool in task.tools)
+        vocabulary.update(re.findall("[a-z]+", text.lower()))
+        assert len(task.messages[0]["content"].split()) <= 32, task.id
+        assert 3 <= len(task.tools) <= 5, task.id
+        for record in records(task):
+            assert len(json.dumps(record).split()) <= 31, task.id
+    assert len(vocabulary) < 1000
 
 
 def test_no_tool_of_the_warm_start_is_named_like_a_held_out_one():
-    """Made-up domains draw their names from word lists: one held-out noun among them, and "unseen" is no longer so."""
-    held = {w for d in suites.UNSEEN_DOMAINS for w in (d, suites.DOMAINS[d][3])}
-    tasks, more = tiny.draw(400, 0)
-    names = {word for task in [*tasks, *more] for tool in task.tools for word in tool.name.split("_")}
-    assert len(names) > 100 and not names & held, names & held
+    """Made-up domains draw their names from word lists: one held-out noun among them, and "unseen"
+    is no longer so."""
+    held_out = set(suites.UNSEEN_DOMAINS)
+    for noun in suites.UNSEEN_DOMAINS:
+        held_out.add(suites.DOMAINS[noun].sent)
+
+    names = set()
+    tasks, more = demonstrator.draw_tasks(400, 0)
+    for task in [*tasks, *more]:
+        for tool in task.tools:
+            names.update(tool.name.split("_"))
+    assert len(names) > 100
+    assert not names & held_out, names & held_out
 
 
 def test_generate_is_a_function_of_its_arguments():
-    """The warm start draws thousands of fresh rows: a global generator would tie them to the order of calls."""
-    one = suites.generate("harm", "train", 40, seed=3)
+    """The warm start draws thousands of fresh rows: a global generator would tie them to the order
+    of calls."""
+    first = suites.generate("harm", "train", 40, seed=3)
     suites.generate("privacy", "domains", 10)
-    assert one == suites.generate("harm", "train", 40, seed=3) != suites.generate("harm", "train", 40, seed=4)
+    assert suites.generate("harm", "train", 40, seed=3) == first
+    assert suites.generate("harm", "train", 40, seed=4) != first
     with pytest.raises(ValueError, match="expected one of"):
         suites.generate("harm", "test", 1)
 
 
 def test_the_readme_says_what_the_files_hold():
-    """Counts and the norm table in prose go stale: the README must contain what the script prints."""
+    """Counts and the norm table in prose go stale: the README must contain what the script
+    prints."""
     readme = (data.HERE / "README.md").read_text()
     for line in suites.tables():
         assert line in readme, line

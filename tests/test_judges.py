@@ -26,7 +26,7 @@ import preference as pf  # noqa: E402
 import train  # noqa: E402
 from data import tiny  # noqa: E402
 from data.controls import (  # noqa: E402
-    ANSWER, CANARIES, REFUSE, call, follow, made, oracle, script, turn)
+    ANSWER_TURN, CANARIES, REFUSE_TURN, call_turn, calls_turn, follow, oracle, script, turn_text)
 from tools import FormatError, Task, Tool, parse_turn, play  # noqa: E402
 from test_grammar import tokenizers  # noqa: E402
 from test_public import BENCH, harm_files, lens_dir, safety_dir  # noqa: E402, F401
@@ -36,15 +36,15 @@ HARM = next(task for task in data.load("harm") if task.label == "harmful")
 
 def played(task, *turns):
     """A trajectory of these turns, and then an answer."""
-    return play(task, script(*turns, ANSWER))
+    return play(task, script(*turns, ANSWER_TURN))
 
 
 def answering(n):
     """n trajectories of one task that differ in the text of their answer alone."""
-    return [played(HARM, turn(f"<answer>\n{k}\n</answer>")) for k in range(n)]
+    return [played(HARM, turn_text(f"<answer>\n{k}\n</answer>")) for k in range(n)]
 
 
-GOOD = played(HARM, REFUSE)
+GOOD = played(HARM, REFUSE_TURN)
 BAD = play(HARM, follow(HARM.goal + HARM.unsafe))
 
 
@@ -142,11 +142,11 @@ def attacked(text):
         f"<answer>\n{text}\n</answer>"
     )
     turns = [
-        call("get_file", {"id": text, text: text}),
-        call(text, {"a": [text, {"b": text}]}),
+        call_turn("get_file", {"id": text, text: text}),
+        call_turn(text, {"a": [text, {"b": text}]}),
         text,
         checked,
-        turn("<answer>\nDone.\n</answer>"),
+        turn_text("<answer>\nDone.\n</answer>"),
     ]
     return play(task, script(*turns), max_turns=5)
 
@@ -538,7 +538,7 @@ def test_what_is_the_same_is_not_asked(tmp_path):
     source = Always("A")
     ledger = tmp_path / "v.jsonl"
     judge = pf.Judge("fake", source, ledger)
-    assert judge(GOOD, played(HARM, REFUSE)) == 0.5
+    assert judge(GOOD, played(HARM, REFUSE_TURN)) == 0.5
     assert not source.keys
     assert [judge(GOOD, BAD), judge(GOOD, BAD), judge(BAD, GOOD)] == [1.0] * 3
     assert len(source.keys) == 2
@@ -552,7 +552,7 @@ def test_what_is_the_same_is_not_asked(tmp_path):
 
     assert pf.Judge("other", source, ledger)(GOOD, BAD) == 1.0
     assert len(source.keys) == 3  # another judge
-    other = play(data.load("harm")[2], follow([], REFUSE))
+    other = play(data.load("harm")[2], follow([], REFUSE_TURN))
     assert judge(other, play(other.task, follow([]))) == 1.0
     assert len(source.keys) == 4  # another task
 
@@ -863,7 +863,7 @@ def test_sparing_leaves_a_group_whose_pair_is_unscored():
 def test_audit_by_hand():
     """A flip counted as a preference only; a failure in the denominator of ties; kappa on unscored
     pairs."""
-    group = [GOOD, BAD, played(HARM, turn("<answer>\nNo.\n</answer>"))]
+    group = [GOOD, BAD, played(HARM, turn_text("<answer>\nNo.\n</answer>"))]
     verdicts = [(1.0, 0.0), (1.0, 1.0), (None, 0.0), (0.5, 0.5)]
     rows = [{"ij": there, "ji": back} for there, back in verdicts]
     P = pf.compare(pf.rule_judge, group)
@@ -884,7 +884,7 @@ def test_audit_by_hand():
 def soup_letters(model, tokenizer, tasks, **options):
     """In the place of a rollout: each agent sends the same letter."""
     letter = ("GmailSendEmail", {"to": "Bob", "subject": "", "body": "soup"})
-    return [play(task, script(made(letter))) for task in tasks]
+    return [play(task, script(calls_turn(letter))) for task in tasks]
 
 
 def rubric_label(prompt):
@@ -1040,7 +1040,7 @@ def test_a_served_model_that_cannot_be_heard(server, monkeypatch, capsys):
 
 def test_one_broken_episode_is_no_score(server):
     """A lost reply counted as a safe or as a failed episode."""
-    server.answer = lambda body: REFUSE
+    server.answer = lambda body: REFUSE_TURN
     endpoint = pf.Endpoint(server.url, "m")
     endpoint.flight = 1
     server.plan = ["503"] * 4
@@ -1058,14 +1058,14 @@ def test_reasoning_of_a_served_model():
     without_opening = {"content": f"so\n</think>\n\n{body}"}
     split_off = {"content": body, "reasoning_content": "so\n"}
     for message in (whole, without_opening, split_off):
-        assert parse_turn(ev.heard(message, True, None)).plan == "so"
+        assert parse_turn(ev.turn_from_reply(message, True, None)).plan == "so"
 
     broken = {"function": {"name": "a", "arguments": "{"}}
     native = {"content": "x", "reasoning_content": "so", "tool_calls": [broken]}
     with pytest.raises(FormatError):
-        parse_turn(ev.heard(native, False, None))
+        parse_turn(ev.turn_from_reply(native, False, None))
     native["tool_calls"] = [{"function": {"name": name, "arguments": ""}} for name in "ab"]
-    turn = parse_turn(ev.heard(native, False, True), parallel=True)
+    turn = parse_turn(ev.turn_from_reply(native, False, True), parallel=True)
     assert turn.calls == [("a", {}), ("b", {})]
 
 
@@ -1075,7 +1075,7 @@ def test_a_recorded_history_reaches_the_server(safety_dir, lens_dir):  # noqa: F
     safety = data.load(safety_dir / "released_data.json")[2]
     lens = data.load(lens_dir / "main_data.json", "action")[0]
     for task in (safety, lens):
-        native = ev.told(task.messages, task, False)
+        native = ev.messages_for_server(task.messages, task, False)
         ids = call_ids(native)
         assert ids
         assert ids == result_ids(native)
@@ -1083,7 +1083,7 @@ def test_a_recorded_history_reaches_the_server(safety_dir, lens_dir):  # noqa: F
             for made_call in message.get("tool_calls", []):
                 assert isinstance(json.loads(made_call["function"]["arguments"]), dict)
 
-        text = ev.told(task.messages, task, True)
+        text = ev.messages_for_server(task.messages, task, True)
         roles = [message["role"] for message in text]
         assert roles == ["system", "user"] + ["assistant", "user"] * len(ids)
         assert "<tool_call>" in text[2]["content"]
@@ -1112,7 +1112,7 @@ def test_adapter_scale(base, tmp_path, monkeypatch):
     for scale in ("0", "0.5", "1"):
         args = ev.arguments(["--model", str(base[0]), "--adapter", str(adapter),
                              "--adapter-scale", scale])
-        ev.players(args, adapter)
+        ev.load_columns(args.model, adapter, args.adapter_scale, args.grammar, args.gate)
         scaled, _ = loaded[-1]
         with torch.no_grad(), scaled.adapter_off():
             bare = scaled(ids)

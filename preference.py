@@ -65,7 +65,7 @@ import torch.nn.functional as F
 import data
 from model import Cache, load, read_lines
 from mosaic import Dialogue, count_option, encode_trusted
-from tools import Rollout, Task, Turn
+from tools import Rollout, Turn
 
 
 # ---------------------------------------------------------------------------- what happened, judged
@@ -440,6 +440,7 @@ def audit(groups: list[list[Rollout]], Ps: list[torch.Tensor], rows: list[dict])
         if row["ij"] is not None and row["ji"] is not None:
             scored.append((row["ij"], row["ji"]))
 
+    # Of a judge that means what it says, the second verdict is the first one turned around.
     flips = sum(there != 1 - back for there, back in scored)
     ties = sum(settle(there, back) == 0.5 for there, back in scored)
     n_scored = max(1, len(scored))
@@ -455,8 +456,7 @@ def audit(groups: list[list[Rollout]], Ps: list[torch.Tensor], rows: list[dict])
 
 
 def _beside_the_rule(groups, Ps) -> tuple[list, list]:
-    """The verdicts of Ps, and the rule's on the same pairs: the scored ones of tasks with
-    labels."""
+    """The verdicts of Ps, and the rule's on the same pairs: those of tasks with labels."""
     verdicts = []
     truth = []
     for group, P in zip(groups, Ps):
@@ -482,22 +482,22 @@ def compare_sparingly(judge, groups: list[list[Rollout]],
         Ps.append(unknown.fill_diagonal_(0))
 
     while True:
-        asked = []  # (group, P, i, j): this round's pairs
+        open_pairs = []  # (group, P, i, j): one of each group that still has some
         for group, P in zip(groups, Ps):
             if _has_open_pairs(P):
                 i, j = closest(P)
-                asked.append((group, P, i, j))
-        if not asked:
+                open_pairs.append((group, P, i, j))
+        if not open_pairs:
             return Ps
 
         # First in bulk, as a model and a server like it; then each verdict is known already.
-        judge.prepare([(group[i], group[j]) for group, _, i, j in asked])
+        judge.prepare([(group[i], group[j]) for group, _, i, j in open_pairs])
         swapped = []
-        for group, _, i, j in asked:
+        for group, _, i, j in open_pairs:
             if judge(group[i], group[j]) in (0.0, 1.0):
                 swapped.append((group[j], group[i]))
         judge.prepare(swapped)
-        for group, P, i, j in asked:
+        for group, P, i, j in open_pairs:
             _fill_in(judge, group, P, i, j, ledger)
 
 
@@ -627,27 +627,23 @@ def _turn_items(turn: Turn | None, text: str) -> list:
     return items
 
 
-def task_text(task: Task) -> str:
+@functools.lru_cache(maxsize=512)  # by the rollout, as above: a Task has no hash to be looked up by
+def task_text(rollout: Rollout) -> str:
     """The tools and messages that the agent was given. No label, goal or pattern of the task is in
     it."""
     lines = ["TASK"]
-    for tool in task.offered:
+    for tool in rollout.task.offered:
         shown = tool.schema()["function"] | {"effect": tool.effect}
         lines.append(f"tool: {quoted(shown)}")
-    for message in task.messages:
+    for message in rollout.task.messages:
         lines.append(f"message: {quoted(message)}")
     return "\n".join(lines)
-
-
-@functools.lru_cache(maxsize=512)  # as `transcript`; by the rollout, since a task is no key
-def _task_text_of(rollout: Rollout) -> str:
-    return task_text(rollout.task)
 
 
 def comparison_text(first: Rollout, second: Rollout) -> str:
     """Two trajectories of one task -> what a judge reads."""
     return "\n".join([
-        _task_text_of(first),
+        task_text(first),
         "TRAJECTORY A",
         transcript(first),
         "TRAJECTORY B",
@@ -712,11 +708,12 @@ class HumanJudge:
             yield question.key, self._read_label()
 
     def _show(self, question):
-        width = shutil.get_terminal_size().columns // 2 - 2
+        width = shutil.get_terminal_size().columns // 2 - 2  # of each side; two spaces between
         first, second = question.pair
         left = _wrapped(transcript(first), width)
         right = _wrapped(transcript(second), width)
 
+        # The part before the trajectories. Judged text cannot hold this mark: it has no line break.
         task, _, _ = question.prompt.partition("\nTRAJECTORY A")
         print("\n" + task)
         print(f"{'TRAJECTORY A':<{width}}  TRAJECTORY B")
@@ -796,8 +793,7 @@ class ModelJudge:
         """B rows of ids -> the logits that follow their last ids, (B, V) fp32.
 
         The prompts of a batch begin alike (system prompt, often the task). What they share is
-        computed once, in a cache of one row, and copied to all rows; then each reads its own
-        rest."""
+        computed once, in a cache of one row, and copied to all; then each row reads its rest."""
         device = self.model.device
         lengths = [len(ids) for ids in batch]
         # At least one token must be left over: the rest of a row cannot be empty.
@@ -999,9 +995,8 @@ class Judge:
 
     source: an object of one of the classes above. The ledger, a .jsonl file, is keyed by content
     (task, both trajectories, judge, version of the prompts). Nothing in it is asked again, and each
-    verdict is in it as soon as it is there. A failure is None in this run, and is asked again by
-    the next. RuntimeError: there was no answer to more than MAX_FAILED of the questions, or to
-    any."""
+    verdict is written to it at once. A failure is None in this run, and is asked again by the next.
+    RuntimeError: there was no answer to more than MAX_FAILED of the questions, or to any."""
 
     def __init__(self, name: str, source, ledger: str | Path | None = None):
         self.name = name

@@ -41,7 +41,7 @@ def played(task, *turns):
 
 def answering(n):
     """n trajectories of one task that differ in the text of their answer alone."""
-    return [played(HARM, turn(f"<answer>\n{k}\n</answer>")) for k in range(n)]
+    return [played(HARM, turn_text(f"<answer>\n{k}\n</answer>")) for k in range(n)]
 
 
 GOOD = played(HARM, REFUSE_TURN)

@@ -660,9 +660,10 @@ def digest(value) -> str:
 # A judge is a class with one method: answers(questions), which yields (key, label) for each of the
 # questions, in any order and as soon as it has one. The label is one of the question's labels, or
 # None where there is no verdict. To add a judge: write such a class, and add its line to
-# `open_judge`. `Judge` does the rest: what is known, the ledger, the counting. A judge that talks
-# to something unreliable may also have `failures`, a Counter of what went wrong; it stands in the
-# error then.
+# `open_judge`. `Judge` does the rest: what is known, the ledger, the counting. It never asks again
+# what a ledger holds, so a judge that you go on changing wants a new --out, or a new name. A judge
+# that talks to something unreliable may also have `failures`, a Counter of what went wrong; it
+# stands in the error then.
 
 
 @dataclass

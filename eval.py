@@ -284,11 +284,11 @@ def measure(rollouts: list[Rollout], ask: Callable | None = None) -> dict[str, d
     cells["gate_precision"] = cell(gate.risky for gate in known if gate.opened)
 
     # What it wrote. A script or a served model has no tokens of ours to count, so no such row.
-    n_sampled = sum(rollout.n_sampled for rollout in rollouts)
-    if n_sampled:
+    n_written = sum(rollout.n_written for rollout in rollouts)
+    if n_written:
         n_safety = sum(rollout.safety_tokens for rollout in rollouts)
-        cells["safety_share"] = {"value": n_safety / n_sampled, "n": n_sampled}
-    cells["tokens"] = cell(rollout.n_sampled for rollout in rollouts if rollout.ids)
+        cells["safety_share"] = {"value": n_safety / n_written, "n": n_written}
+    cells["tokens"] = cell(rollout.n_written for rollout in rollouts if rollout.ids)
     turns = []
     for rollout in rollouts:
         turns += rollout.turns

@@ -202,7 +202,7 @@ class Sampler:
     def _new_row(self, group, index, slot) -> "Row":
         prompt = group.prompt
         # A sandbox and a dialogue of its own: what one trajectory does no other may see.
-        episode = Episode(group.task, self.refusal, prompt.opened, self.limits["max_turns"])
+        episode = Episode(group.task, self.refusal, prompt.think_given, self.limits["max_turns"])
         most = self.model.config.max_position_embeddings
         limit = min(len(prompt.ids) + self.limits["room"], most)
         row = Row(index, slot, episode, prompt.fork(), group.names_root, limit)
@@ -508,7 +508,7 @@ class Dialogue:
             raise ValueError(f"tokenizer.json of family {tokenizer.family}: no token for "
                              f"{', '.join(missing)}")
         # Qwen3-Thinking's prompt already holds the first line of the agent's turn.
-        self.opened = self.template["prompt"].endswith("<think>\n")
+        self.think_given = self.template["prompt"].endswith("<think>\n")
         if system is None and self.template["system"]:
             system = SYSTEM
         pieces = [*prompt_pieces(messages, tools, self.template, system)]
@@ -975,8 +975,8 @@ class Grammar:
         self.tokenizer = tokenizer
         self.device = device
         self.V = tokenizer.vocab_size
-        opened = FAMILIES[tokenizer.family]["prompt"].endswith("<think>\n")
-        self.start = PLAN if opened else START
+        think_given = FAMILIES[tokenizer.family]["prompt"].endswith("<think>\n")
+        self.start = PLAN if think_given else START
         self.final = FINAL
 
         table, gate = compile_table(tokenizer, parallel)
@@ -1272,7 +1272,7 @@ def printer(tokenizer):
 def summary(finished: Rollout) -> str:
     gates = ["-" if gate.p is None else f"{gate.p:.2f}" for gate in finished.gates]
     executed = ", ".join(effect.name for effect in finished.journal) or "nothing"
-    return (f"{finished.ended} after {len(finished.turns)} turns, {finished.n_sampled} tokens, "
+    return (f"{finished.ended} after {len(finished.turns)} turns, {finished.n_written} tokens, "
             f"{finished.safety_tokens} in checks; gate {', '.join(gates)}; executed: {executed}")
 
 

@@ -281,7 +281,7 @@ def reward_terms(group: list[Rollout], P: torch.Tensor, reward: str = "pairwise"
     if reward == "scalar":
         align = torch.tensor([scalar_reward(rollout) for rollout in group])
     formats = torch.tensor([format_reward(rollout) for rollout in group])
-    penalties = length_penalty([rollout.n_sampled for rollout in group], length_budget)
+    penalties = length_penalty([rollout.n_written for rollout in group], length_budget)
     return {
         "align": align,        # r_align (n,)
         "format": formats,     # r_fmt (n,)
@@ -778,7 +778,7 @@ class ModelJudge:
         messages = [{"role": "user", "content": question.prompt}]
         dialogue = Dialogue(self.tokenizer, messages, None, question.system)
         ids = list(dialogue.ids)
-        if dialogue.opened:  # the family's prompt has opened a plan: closed, a verdict is next
+        if dialogue.think_given:  # the family's prompt has opened a plan: closed, a verdict is next
             ids += encode_trusted(self.tokenizer, "\n</think>\n\n")
 
         spelled = [self.tokenizer.encode(f"Verdict: {label}") for label in question.labels]

@@ -342,14 +342,14 @@ class Turn:
         return self.calls[0][1] if self.calls else None
 
 
-def parse_turn(text: str | bytes, opened: bool = False, parallel: bool = False) -> Turn:
+def parse_turn(text: str | bytes, think_given: bool = False, parallel: bool = False) -> Turn:
     """The text of one turn, without its stop token -> Turn. Raises FormatError, and no other error,
     on any bytes.
 
-    opened: the prompt already held "<think>\\n". parallel: several calls, adjacent or a line break
-    apart. Tags and the bytes around them are exact; the layout of a call's JSON is free."""
+    think_given: the prompt already holds "<think>\\n". parallel: several calls, adjacent or a line
+    break apart. Tags and the bytes around them are exact; the layout of a call's JSON is free."""
     reader = TurnReader(_decoded(text))
-    turn = Turn(plan=reader.read_block("think", opened))
+    turn = Turn(plan=reader.read_block("think", think_given))
     reader.take("\n\n")
     if reader.sees("<safety_thoughts>"):  # the gate: the agent opened a check
         turn.check = reader.read_block("safety_thoughts")
@@ -393,9 +393,9 @@ class TurnReader:
         self.position = found.end()
         return found[found.lastindex or 0]  # group 0 is all of it
 
-    def read_block(self, tag, opened=False) -> str:
+    def read_block(self, tag, think_given=False) -> str:
         """<tag>, a line break, a text, a line break, </tag> -> the text."""
-        if not opened:
+        if not think_given:
             self.take(f"<{tag}>\n")
         return self.take(self.FIELD % tag, f"a text without any tag, a line break and </{tag}>")
 
@@ -456,11 +456,11 @@ class Episode:
     turn executes nothing and is observed as an error. How many tokens a turn may take is the
     sampler's affair."""
 
-    def __init__(self, task: Task, refusal: str = "terminal", opened: bool = False,
+    def __init__(self, task: Task, refusal: str = "terminal", think_given: bool = False,
                  max_turns: int = 10):
         self.task = task
         self.refusal = refusal
-        self.opened = opened  # the prompt holds the first line of every turn, see parse_turn
+        self.think_given = think_given  # the prompt holds the first line of every turn
         # A public benchmark may play by rules of its own.
         self.max_turns = task.public.get("max_turns", max_turns)
         self.parallel = task.public.get("parallel", False)
@@ -480,7 +480,7 @@ class Episode:
         self.user_message = None
         risky = self.sandbox.risky()  # before the turn has its effect
         try:
-            turn = parse_turn(text, self.opened, self.parallel)
+            turn = parse_turn(text, self.think_given, self.parallel)
         except FormatError as error:
             turn = None  # it executes nothing, but it has cost a step
             self.sandbox.advance()
@@ -556,7 +556,7 @@ class Rollout:
         return self.spans[0][0]
 
     @property
-    def n_sampled(self) -> int:
+    def n_written(self) -> int:
         """Tokens that the agent wrote, chosen or forced. Template and tool tokens are not its
         doing."""
         return sum(code >= SAMPLED for code in self.provenance)

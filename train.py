@@ -140,7 +140,7 @@ MAX_DRIFT = {
     torch.bfloat16: (math.inf, 0.2),
     torch.float16: (math.inf, 0.2),
 }
-N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
+N_FIXED = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
 
 
 def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, judge: Judge | None,
@@ -152,17 +152,17 @@ def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, j
     """
     generator, rng = seeded_generators(recipe.seed, model.device)
     # Learning shows in a win rate against the base on fixed tasks: the mean of r_align cannot rise.
-    frozen = random.Random(-1 - recipe.seed).sample(tasks, min(N_FROZEN, len(tasks)))
-    base_rollouts = sample_base(model, tokenizer, frozen, recipe)
+    fixed = random.Random(-1 - recipe.seed).sample(tasks, min(N_FIXED, len(tasks)))
+    base_rollouts = sample_base(model, tokenizer, fixed, recipe)
     # No weight decay: the KL already pulls towards the base, which is an adapter of zeros.
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=recipe.lr, weight_decay=0.0)
 
     with resumable(folder, model, optimizer, generator, rng) as start:
         for step in progress_bar(start.step, recipe.steps):
             times = [time.perf_counter()]  # for tokens a second, see `speed`
-            # 1. Sample. `watched`: one rollout of each frozen task, to compare with the base's.
+            # 1. Sample. `watched`: one rollout of each fixed task, to compare with the base's.
             drawn = rng.sample(tasks, recipe.tasks)
-            groups, watched = sample(model, tokenizer, drawn, frozen, recipe, generator)
+            groups, watched = sample(model, tokenizer, drawn, fixed, recipe, generator)
             times.append(time.perf_counter())
 
             # 2. Judge, in the first process alone, which holds the ledger of what was asked.
@@ -194,35 +194,35 @@ def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, j
 
 
 # --------------------------------------------------------------------------- 1: sample trajectories
-def sample(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, frozen: list,
+def sample(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, fixed: list,
            recipe: Recipe, generator: torch.Generator) -> tuple:
-    """-> (groups [[Rollout]], one a task; [Rollout], one of each frozen task).
+    """-> (groups [[Rollout]], one a task; [Rollout], one of each fixed task).
 
-    All in one batch, so that the frozen tasks cost little. Each process samples its share, and gets
+    All in one batch, so that the fixed tasks cost little. Each process samples its share, and gets
     what all sampled.
     """
-    tasks = share(tasks)
-    frozen = share(frozen)
-    sizes = [recipe.group_size] * len(tasks) + [1] * len(frozen)
+    tasks = my_part(tasks)
+    fixed = my_part(fixed)
+    sizes = [recipe.group_size] * len(tasks) + [1] * len(fixed)
     # free: the agent may err in the form of a turn. r_fmt teaches the form, and eval.py, which is
     # strict, then has little to correct.
     rollouts = rollout(
-        model, tokenizer, tasks + frozen, sizes,
+        model, tokenizer, tasks + fixed, sizes,
         grammar="free", gate_mode=recipe.gate, generator=generator,
     )
-    first_watched = len(rollouts) - len(frozen)  # rollouts come back in the order of the tasks
+    first_watched = len(rollouts) - len(fixed)  # rollouts come back in the order of the tasks
     in_groups = gather(rollouts[:first_watched])
     watched = gather(rollouts[first_watched:])
     return slices(in_groups, recipe.group_size), watched
 
 
-def sample_base(model: model_.Transformer, tokenizer: model_.Tokenizer, frozen: list,
+def sample_base(model: model_.Transformer, tokenizer: model_.Tokenizer, fixed: list,
                 recipe: Recipe) -> list:
-    """One rollout of the base for each frozen task. It has a generator of its own: a run that is
+    """One rollout of the base for each fixed task. It has a generator of its own: a run that is
     resumed samples the same ones again."""
     generator, _ = seeded_generators(recipe.seed, model.device)
     with model.adapter_off():
-        _, rollouts = sample(model, tokenizer, [], frozen, recipe, generator)
+        _, rollouts = sample(model, tokenizer, [], fixed, recipe, generator)
     return rollouts
 
 
@@ -392,7 +392,7 @@ def live_slices(groups: list, advs: list, budget: int) -> list:
     whole, or the fewest slices of it that stay under the budget."""
     live = [(group, adv) for group, adv in zip(groups, advs) if adv.any()]
     units = []
-    for group, adv in share(live):
+    for group, adv in my_part(live):
         size = largest_fitting(group, budget)
         units += map(Unit, slices(group, size), slices(adv, size))
     return units
@@ -401,7 +401,7 @@ def live_slices(groups: list, advs: list, budget: int) -> list:
 def won_pairs(groups: list, preferences: list) -> list:
     """The direct loss's units: [chosen, rejected] of every pair that one side won."""
     units = []
-    for group, P in share(list(zip(groups, preferences))):  # ties and unscored pairs are not in
+    for group, P in my_part(list(zip(groups, preferences))):  # ties and unscored pairs are not in
         for chosen, rejected in pairs(P).tolist():
             units.append(Unit([group[chosen], group[rejected]], None))
     return units
@@ -422,7 +422,7 @@ def direct_loss(new: torch.Tensor, ref: torch.Tensor, rollouts: list, normaliser
     logprobs of their sampled tokens."""
     policy = sum_each(new, rollouts)  # (2 pairs,)
     reference = sum_each(ref, rollouts)  # (2 pairs,)
-    lengths = [rollout.n_sampled for rollout in rollouts]
+    lengths = [rollout.n_written for rollout in rollouts]
     p_len = length_penalty(lengths, length_budget).to(new.device)  # (2 pairs,)
 
     # Chosen and rejected take turns, so as rows of two they are the two columns, (pairs,) each.
@@ -588,13 +588,13 @@ def stacked(rewards: list) -> dict:
 def describe(rollouts: list) -> dict:
     """What a step's rollouts look like: where checks open, what parses, how long they are."""
     turns = flat(rollout.turns for rollout in rollouts)
-    n_sampled = sum(rollout.n_sampled for rollout in rollouts)
+    n_written = sum(rollout.n_written for rollout in rollouts)
     return {
         "gate_risky": opened_rate(rollouts, risky=True),
         "gate_harmless": opened_rate(rollouts, risky=False),
         "valid": sum(turn is not None for turn in turns) / len(turns),
-        "safety_share": sum(rollout.safety_tokens for rollout in rollouts) / max(1, n_sampled),
-        "tokens": n_sampled / len(rollouts),
+        "safety_share": sum(rollout.safety_tokens for rollout in rollouts) / max(1, n_written),
+        "tokens": n_written / len(rollouts),
     }
 
 
@@ -610,12 +610,12 @@ def speed(groups: list, watched: list, advs: list, times: list) -> dict:
     """Seconds of a step and tokens a second; times: its start, then when it had sampled, judged and
     updated."""
     began, sampled, judged, updated = times
-    n_sampled = sum(rollout.n_sampled for rollout in flat(groups) + watched)
+    n_written = sum(rollout.n_written for rollout in flat(groups) + watched)
     live = [group for group, adv in zip(groups, advs) if adv.any()]
     n_trained = sum(len(rollout.ids) for rollout in flat(live))
     return {
         "seconds": updated - began,
-        "sample_tok/s": n_sampled / (sampled - began),
+        "sample_tok/s": n_written / (sampled - began),
         "train_tok/s": n_trained / (updated - judged),
     }
 
@@ -628,7 +628,7 @@ def record(rollout: Rollout, adv: torch.Tensor, step: int) -> dict:
         "trajectory": digest(transcript(rollout)),  # as verdicts.jsonl names it
         "advantage": round(adv.item(), 4),
         "ended": rollout.ended,
-        "tokens": rollout.n_sampled,
+        "tokens": rollout.n_written,
         "gates": [[rounded(gate.p), gate.opened, gate.risky] for gate in rollout.gates],
         "journal": [effect_record(effect) for effect in rollout.journal],
         "turns": [turn_record(turn) for turn in rollout.turns],
@@ -857,7 +857,7 @@ def start_processes() -> None:
         torch.cuda.set_device(LOCAL_RANK)
 
 
-def share(items: list) -> list:
+def my_part(items: list) -> list:
     """This process's part of a list: neighbours, and of nearly equal numbers."""
     return items[RANK * len(items) // WORLD:(RANK + 1) * len(items) // WORLD]
 

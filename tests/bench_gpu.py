@@ -258,7 +258,7 @@ def loop(prompt=1024, turns=3, turn=96, result=64):
     lengths."""
     rows = []
     columns = ("step", "seconds", "sample_tok/s", "train_tok/s", "drift", "drift_mean", "grad_norm")
-    train.N_FROZEN = 2
+    train.N_FIXED = 2
     lengths = (prompt, turn, turns, result, 131_072)
     for name in args.model:
         loaded = random_model(name)

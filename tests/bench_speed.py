@@ -411,7 +411,7 @@ def forced(work):
         tasks = data.load("train")[:32]
         rollouts = mosaic.rollout(model, tokenizer, tasks, 2, generator=generator)
         n_forced = sum(r.provenance.count(FORCED) for r in rollouts)
-        n_agent = sum(r.n_sampled for r in rollouts)
+        n_agent = sum(r.n_written for r in rollouts)
         rows.append((name, n_agent, n_forced, n_forced / n_agent))
     table(
         "forced tokens, tiny shape, strict grammar",
@@ -846,7 +846,7 @@ def where(work):
         if shape == "tiny":
             run_arguments = training(path, out, "--steps", "3")
         else:
-            train.N_FROZEN = 1
+            train.N_FIXED = 1
             loaded = model_.load(path, "cpu")
             lengths = (512, 48, 3, 64, 8192)
             one = ("--steps", "1", "--tasks", "1")

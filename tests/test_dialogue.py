@@ -244,7 +244,7 @@ def test_a_whole_episode_equals_the_template():
             ([], ["a\n"]),
         )):
             think = f"<think>\nplan {i}\n</think>\n\n"
-            written = think.removeprefix("<think>\n") if dialogue.opened else think
+            written = think.removeprefix("<think>\n") if dialogue.think_given else think
             ids = encode_trusted(tok, written + CALL) + stop
             dialogue.extend(ids, [SAMPLED] * len(ids))
             dialogue.observe(results)

@@ -36,7 +36,7 @@ TURNS = [CHECKED_CALL, ODDLY_NAMED_CALL, PLAIN_ANSWER, CHECKED_ANSWER]
 
 # --------------------------------------------------------------------------------------- the parser
 def test_parse_turn_reads_what_was_written():
-    """Catches: fields that gain or lose a byte, `opened` and `parallel` ignored."""
+    """Catches: fields that gain or lose a byte, `think_given` and `parallel` ignored."""
     turn = parse_turn(CHECKED_CALL)
     assert turn.plan == "Weather."
     assert turn.check == "Fine: <b>a</b> < b </div> <table>."
@@ -48,7 +48,7 @@ def test_parse_turn_reads_what_was_written():
 
     assert parse_turn(PLAIN_ANSWER).text == "It is sunny — 你好."
     assert parse_turn(ODDLY_NAMED_CALL.encode()).plan == "a\nb\n"
-    assert parse_turn(CHECKED_CALL.removeprefix("<think>\n"), opened=True) == turn
+    assert parse_turn(CHECKED_CALL.removeprefix("<think>\n"), think_given=True) == turn
 
     call = ODDLY_NAMED_CALL[ODDLY_NAMED_CALL.index("<tool_call>"):]
     three_calls = ODDLY_NAMED_CALL + call + "\n" + call
@@ -131,13 +131,13 @@ BOTTOMLESS = "<think>\nx\n</think>\n\n<tool_call>\n" + "[" * 10 ** 5
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=ANY_TEXT, opened=st.booleans(), parallel=st.booleans())
-@example(text=BOTTOMLESS, opened=False, parallel=False)
-def test_parse_turn_is_total(text, opened, parallel):
+@given(text=ANY_TEXT, think_given=st.booleans(), parallel=st.booleans())
+@example(text=BOTTOMLESS, think_given=False, parallel=False)
+def test_parse_turn_is_total(text, think_given, parallel):
     """Catches: any exception but FormatError (RecursionError, UnicodeDecodeError, IndexError) on
     some string."""
     try:
-        turn = parse_turn(text, opened, parallel)
+        turn = parse_turn(text, think_given, parallel)
     except FormatError:
         return
     assert turn.plan

@@ -80,7 +80,7 @@ def rows_of(path):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Short episodes, as nothing here is about what is sampled."""
-    monkeypatch.setattr(train, "N_FROZEN", 3)
+    monkeypatch.setattr(train, "N_FIXED", 3)
     short = mosaic.LIMITS["tiny"] | {"max_turns": 2, "turn_tokens": 32}
     monkeypatch.setitem(mosaic.LIMITS, "tiny", short)
 

@@ -153,7 +153,7 @@ def test_every_token_has_one_origin(tokenizer, sampled, grammar):
             in_turns += range(start, end)
         by_agent = [i for i, code in enumerate(r.provenance) if code in (SAMPLED, FORCED)]
         assert in_turns == by_agent
-        assert r.n_sampled == len(by_agent)
+        assert r.n_written == len(by_agent)
 
         for text, turn in zip(turn_texts(tokenizer, r), r.turns):
             assert (turn is None) == (not parses(text))

@@ -242,7 +242,7 @@ def test_a_person_may_leave_at_the_first_question(base, tmp_path, monkeypatch):
     out = tmp_path / "left"
     with pytest.raises(ValueError, match="no .*state.pt; start without --resume"):
         run(base, out, "--judge", "human", "--resume")
-    monkeypatch.setattr(train, "N_FROZEN", 3)
+    monkeypatch.setattr(train, "N_FIXED", 3)
     answers = iter(["l", "q", "q"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
     for more in ([], ["--resume"]):  # and at the first question that is left after it
@@ -290,7 +290,7 @@ sys.path.insert(0, sys.argv.pop(1))
 import mosaic, torch, train
 
 mosaic.LIMITS["tiny"].update(max_turns=2, turn_tokens=24)
-train.N_FROZEN = 3
+train.N_FIXED = 3
 train.canaries = lambda judge, step: None  # they have no ids
 compare = train.compare
 rollout = train.rollout

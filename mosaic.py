@@ -21,9 +21,9 @@ Deviations
    schemas into the system turn and the results into a user turn, in Qwen's words.
 4. [ours] tiny has its own short template: no SYSTEM, a tool is a line "name(parameters) effect",
    and results need no turn of their own.
-5. [ours] Strict JSON has single spaces, nests at most 3 deep inside of the arguments and holds no
-   \\uD800-\\uDFFF. Strict text has no "<" or "</" followed by thi, too, saf or ans: so no tag, and
-   no other word in brackets that starts alike. Strict turns are a subset of what `parse_turn`
+5. [ours] Strict JSON has single spaces, nests at most 3 deep, the arguments included, and holds no
+   \\uD800-\\uDFFF. Strict text holds no "<thi", "<too", "<saf" or "<ans", nor these with "</": so
+   no tag, and no <thing> or <answers> either. Strict turns are a subset of what `parse_turn`
    takes.
 
     python mosaic.py harm-domains-0-0000h     # the transcript, then [refusal after 4 turns, ...]
@@ -50,13 +50,23 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 from model import Cache, Decoder, SharedPrompt, load, load_adapter, token_logprobs
-from tools import (FORCED, SAMPLED, TAGS, TEMPLATE, TOOL, USER, Episode, FormatError, Gate, Rollout,
-                   Task, Tool, Turn, parse_turn, play, refusal_tool)
+from tools import FORCED, SAMPLED, TAGS, TEMPLATE, TOOL, USER, Episode, Rollout, Task, Tool
+from tools import FormatError, Turn, parse_turn, play  # noqa: F401: also found under mosaic's name
+from tools import refusal_tool
 
 SYSTEM_VERSION, SYSTEM = data.prompt("agent")  # data/prompts/agent.txt teaches the form of a turn
 
 _FAMILY_FILE = json.loads((data.HERE / "families.json").read_text("utf-8"))
-FAMILIES = _FAMILY_FILE["families"]  # {family: its chat template}; "fields" there explains each
+FAMILIES = _FAMILY_FILE["families"]
+# FAMILIES[family] is its chat template. What its fields mean:
+#   head, tail  around a turn; {} in head is the role     stop      the token that ends a turn
+#   prompt      opens the agent's turn                    default   system text when none is given
+#   results     four texts: before the first tool result, around each (two), after the last
+#   controls    added tokens that a dialogue needs        system    do dialogues begin with SYSTEM?
+#   tools       "schemas" or "lines", see TOOL_TEXT       native    does it know tools at all?
+#   thinking    it moves reasoning into <think>           raw       string arguments stay as is
+#   nfc         its tokenizer normalises                  strip     white space that controls eat
+
 # {"schemas" | "lines": (what stands before the tools in the system turn, what stands behind them)}
 TOOL_TEXT = {
     form: ("".join(before), "".join(after))
@@ -67,8 +77,8 @@ TOOL_TEXT = {
 #   max_turns    turns of the agent, counted from the last user message
 #   turn_tokens  sampled and forced tokens of one turn
 #   room         tokens that an episode may add to its prompt; without room for a turn more it ends
-#   positions    of the KV cache, over all rows (or one group's rows, if that is more): as many rows
-#                as fit are sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B and
+#   positions    size of the KV cache, rows times length: as many rows are sampled at once as fit (a
+#                whole group at least). 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B and
 #                26.8 GB for Phi-4
 LIMITS = {"tiny": {"max_turns": 6, "turn_tokens": 96, "room": 560, "positions": 81_920}}
 REAL_LIMITS = {"max_turns": 10, "turn_tokens": 768, "room": 7168, "positions": 131_072}
@@ -82,11 +92,7 @@ def rollout(model, tokenizer, tasks: list[Task], group_size: int | list[int] = 1
 
     Returns the Rollouts, task after task. options: see Sampler. Raises ValueError where a prompt
     fills the model's positions, or where the tokenizer has no token that ends a turn."""
-    stop = FAMILIES[tokenizer.family]["stop"]
-    if tokenizer.added.get(stop) not in tokenizer.stop_ids:
-        # A base model's generation_config.json names another token: no turn would ever end.
-        raise ValueError(f"eos_token_id has no {stop}, which ends a turn: add its id to "
-                         "generation_config.json")
+    check_stop(tokenizer)
     sizes = group_size if isinstance(group_size, list) else [group_size] * len(tasks)
     return Sampler(model, tokenizer, tasks, sizes, **options).run()
 
@@ -96,9 +102,9 @@ class WaitingGroup:
     """A task that waits for free rows: all trajectories of its group begin together."""
     task: Task
     prompt: "Dialogue"
-    names_root: int  # where the grammar's trie of the offered names begins
+    names_root: int  # grammar state from which this task's tools are read, see Grammar.names
     size: int
-    first_index: int  # of its first trajectory among all
+    first_index: int  # index, among all trajectories, of the group's first
 
 
 class Sampler:
@@ -109,9 +115,11 @@ class Sampler:
     max_rows: rows at once; None is what LIMITS allow, but a whole group at least. watch(ids) sees
     every piece of the dialogue as it happens.
 
-    A task's prompt is prefilled once and forked to its group. A row keeps its cache through its
-    tool calls: a result is appended as one chunk. Finished rows leave, and waiting tasks take their
-    place."""
+    A row is one running episode (`Row`): `pending` are its ids that the cache has not seen, `left`
+    the tokens that its turn may still have, `state` where the grammar stands. A task's prompt is
+    prefilled once and forked to its group. A row keeps its cache through its tool calls: a result
+    is appended as one chunk. Finished rows leave, and waiting tasks take their place.
+    """
 
     def __init__(self, model, tokenizer, tasks, sizes, *, grammar="strict", temperature=1.0,
                  gate_mode="learned", refusal="terminal", max_rows=None, generator=None,
@@ -135,13 +143,14 @@ class Sampler:
         self.waiting = self._line_up(tasks, sizes)
         context = self._context_length()
         rows = max_rows or self.limits["positions"] // context
+        # No more than there are trajectories, no fewer than the largest group needs.
         self.max_rows = max(1, min(rows, sum(sizes)), *sizes)
         self.cache = Cache(model.config, self.max_rows, context, model.device, model.dtype)
         self.decode = Decoder(model, self.cache)
         # The last hidden state of each row, which its next token is sampled from. (rows, C)
         self.last = torch.zeros(self.max_rows, model.config.hidden_size, device=model.device,
                                 dtype=model.dtype)
-        self.rows = []  # of the batch; rows[i] sits in slot i of the cache, so there are no gaps
+        self.rows = []  # [Row] of the batch; rows[i] sits in slot i of the cache: no gaps
         self.finished = {}  # {index: Rollout}
 
     def _line_up(self, tasks, sizes) -> deque:
@@ -256,7 +265,9 @@ class Sampler:
                 continue
             # A refusal, a last answer or a spent budget ends the episode; else the agent sees what
             # its call returned.
-            going_on = row.end_turn(self.tokenizer) and self._observe(row)
+            going_on = row.end_turn(self.tokenizer)
+            if going_on:
+                going_on = self._observe(row)
             if going_on:
                 row.begin_turn(self.grammar.start, self.limits["turn_tokens"])
             else:
@@ -268,8 +279,8 @@ class Sampler:
             self._vacate(row)
 
     def _observe(self, row) -> bool:
-        """Appends the observations to the row's dialogue. False: no turn would fit behind them, and
-        a result that no turn follows is not the trajectory's."""
+        """Appends the observations to the row's dialogue. False: no turn would fit behind them;
+        then they are not appended, for no turn will read them."""
         ids, codes = row.observation()
         self.watch(ids)
         if len(row.dialogue.ids) + len(ids) + self.limits["turn_tokens"] > row.limit:
@@ -291,11 +302,12 @@ class Sampler:
         self.rows[row.slot] = mover
 
     def forward(self):
-        """Feeds pending ids to the cache: chunks (a result that was just appended) or single
-        tokens.
+        """Feeds pending ids to the cache: single tokens, or chunks (a result that was just
+        appended, or a token with those that the grammar forced behind it).
 
         A chunk holds up the whole batch, so chunks wait until a quarter of the rows has one, or
-        until nobody decodes."""
+        until nobody decodes.
+        """
         chunks = [row for row in self.rows if len(row.pending) > 1]
         singles = [row for row in self.rows if len(row.pending) == 1]
         enough = 4 * len(chunks) >= len(self.rows)
@@ -368,7 +380,7 @@ class Row:
     def begin_turn(self, state, left):
         self.turn_start = len(self.dialogue.ids)
         self.gate_p = None  # until the turn comes to its gate
-        self.state = state  # DEAD in free mode, once the turn has left the form
+        self.state = state  # in free mode DEAD (no state at all), once the turn has left the form
         self.left = left
 
     def add_sampled(self, token, logprob, grammar):
@@ -399,8 +411,8 @@ class Row:
         self.spans.append((self.turn_start, end))
 
         # A turn that was cut off is carried out like any other (its calls may be whole), but the
-        # agent did not end its episode: the budget did. With no token left even a stop token is the
-        # budget's, as far as one can tell.
+        # agent did not end its episode: the budget did. A stop token at the very last place counts
+        # as the budget's, too: there the strict mask left no other token.
         cut_off = ids[-1] not in tokenizer.stop_ids
         if cut_off or (self.left == 0 and self.episode.ended):
             self.episode.ended = "budget"
@@ -439,15 +451,17 @@ class Row:
 def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned", strict=True):
     """Logits (B, V) fp32 -> the logits that are sampled from, and that training recomputes.
 
-    A token that is not live gets -inf. states and remaining, (B,) each: the grammar's state and the
-    tokens left in the turn. gate_mode acts at the gate alone, on the token that opens a check:
-    "learned" leaves the model its choice, "always" opens (if the budget allows a check), "never"
-    does not, and a number is added to the logit. strict=False: any token may be sampled that a turn
-    could hold, and the states only say where the gate is."""
+    A token gets -inf unless it is *live*: after it the turn can still be completed within its
+    budget (strict), or the form of a turn could hold it at all (free). states and remaining, (B,)
+    each: the grammar's state and the tokens left in the turn. gate_mode acts at the gate only, on
+    the token that opens a check: "learned" leaves the model its choice, "always" opens (if the
+    budget allows a check), "never" does not, and a number is added to the logit. strict=False is
+    free mode, where the states only say where the gate is.
+    """
     live = grammar.mask(states, remaining) if strict else grammar.free_mask
     # A copy: the sampler constrains the same logits twice.
     logits = logits.masked_fill(~live, -torch.inf)  # (B, V)
-    # A bias of 1e4 leaves the other side a probability of exactly 0.
+    # A bias of 1e4 leaves the other side a probability of exactly 0. A number stands for itself.
     bias = {"learned": 0.0, "always": 1e4, "never": -1e4}.get(gate_mode, gate_mode)
     logits[:, grammar.safety_token] += bias * (states == grammar.gate_state)
     return logits
@@ -470,8 +484,8 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     gradient exactly 0.
     """
     grammar = get_grammar(tokenizer, model.device)
-    # A group shares its prompt, which is computed once. Without that it would be ids and provenance
-    # of each rollout padded to (B, T), no layout, and the same numbers.
+    # A group shares its prompt, which is computed once. (Padding each rollout to a row of its own,
+    # with layout=None, gives the same numbers.)
     ids, provenance, layout = share_prompts(model, rollouts)  # (B, T), (B, T)
 
     states = []
@@ -492,10 +506,11 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
 class Dialogue:
     """Append-only ids of one conversation. `provenance`, as long, says where each comes from.
 
-    Besides the agent's own, control ids come from TEMPLATE text alone: users, files and tools go
-    through `Tokenizer.encode`, which cannot give one. Apart from such text, and from Phi-4's tools
-    (deviation 3), a prompt is the real tokenizer's ids of `render` with SYSTEM put first. system: a
-    judge's own system text, trusted too. ValueError: a control token of the family is missing.
+    Control ids come from TEMPLATE text or from the agent only: users, files and tools go through
+    `Tokenizer.encode`, which cannot give one. The prompt's ids are the real tokenizer's ids of
+    `render` with SYSTEM in front, with two exceptions: other people's text that spells a control
+    token stays text, and Phi-4's tools (deviation 3). system: a judge's own system text, trusted
+    like ours. ValueError: a control token of the family is missing.
     """
 
     def __init__(self, tokenizer, messages: list, tools: list | None, system: str | None = None):
@@ -517,10 +532,10 @@ class Dialogue:
 
     def fork(self) -> "Dialogue":
         """A copy that goes its own way: the prompt is built once for a group."""
-        twin = copy.copy(self)
-        twin.ids = self.ids[:]
-        twin.provenance = self.provenance[:]  # the lists alone grow; all else can be shared
-        return twin
+        other = copy.copy(self)
+        other.ids = self.ids[:]  # only the lists grow: all else can be shared
+        other.provenance = self.provenance[:]
+        return other
 
     def extend(self, ids: list[int], codes: list[int]):
         """Appends ids; codes say where each comes from."""
@@ -530,7 +545,7 @@ class Dialogue:
 
     def observe(self, texts, role: str = "tool"):
         """Ends the agent's turn, appends results (role "user": a message) and opens the next
-        turn."""
+        turn. For callers without a Sampler, such as data/demonstrator.py."""
         texts = [texts] if isinstance(texts, str) else texts
         self.extend(*self.encode_observation(texts, role))
 
@@ -588,7 +603,7 @@ class Dialogue:
         for token in ids:
             end = start + len(self.tokenizer.token_bytes[token])
             # Provenance is ordered by trust: a token is as untrusted as the worst of its bytes.
-            codes.append(max(source_of_byte[start:end], default=TOOL))
+            codes.append(max(source_of_byte[start:end], default=TOOL))  # no byte: distrust it
             start = end
         return ids, codes
 
@@ -620,7 +635,7 @@ def render(messages: list, tools: list | None, family: str,
            add_generation_prompt: bool = True) -> str:
     """The family's own chat template as text, for tests and for people.
 
-    messages: OpenAI's form. tools: None, [Tool] or, but for tiny, [schema]. Phi-4 drops tools,
+    messages: OpenAI's form. tools: None, [Tool], or [schema] (not for tiny). Phi-4 drops tools,
     calls and results."""
     template = FAMILIES[family]
     if not template["native"]:
@@ -712,7 +727,8 @@ def text_of(message) -> str:
 
 
 def last_question_index(messages) -> int:
-    """Index of the last user message that is no tool's result in a user's turn."""
+    """Index of the last user message that is no tool's result in a user's turn; len(messages) if
+    there is none."""
     found = len(messages)
     for i, message in enumerate(messages):
         text = text_of(message)
@@ -748,6 +764,16 @@ def call_pieces(calls, after_text: bool, template):
 
 
 # -------------------------------------------------------------- what is counted, and what is shared
+def check_stop(tokenizer):
+    """ValueError where nothing would end a turn: a base model's generation_config.json may name
+    another token than the one that its chat template ends a turn with."""
+    stop = FAMILIES[tokenizer.family]["stop"]
+    # added: {control token: id}; stop_ids: the ids that end a turn (model.Tokenizer).
+    if tokenizer.added.get(stop) not in tokenizer.stop_ids:
+        raise ValueError(f"eos_token_id has no {stop}, which ends a turn: add its id to "
+                         "generation_config.json")
+
+
 def safety_tokens(tokenizer, ids: list[int], spans: list[tuple]) -> int:
     """How many of the agent's tokens touch <safety_thoughts> ... </safety_thoughts>, tags included.
 
@@ -820,11 +846,11 @@ NAMED_STATES = {
     FINAL: ("final",),
 }
 CALL_PREFIX = '{"name": %s, "arguments":'
-DEPTH = 4  # how deep objects and arrays nest, the call's own object included
+DEPTH = 4  # how deep objects and arrays nest: the call, its arguments, and two levels in those
 
-# Strict JSON and UTF-8: nothing overlong, no surrogates, none as \uXXXX (`code`). The next byte
-# alone decides each step, so that a table can hold it. A rule is "symbol = case | case"; a case is
-# what comes one after the other:
+# Strict JSON and UTF-8: nothing overlong, no surrogates, none as \uD800-\uDFFF (`code`). The next
+# byte alone decides each step, so that a table can hold it. A rule is "symbol = case | case"; a
+# case is what comes one after the other:
 #   x        the character itself              _         a space
 #   30-39    one byte of this range (hex)      symbol    what that rule says
 #   symbol?  may be left out: then what stands behind it comes
@@ -835,8 +861,8 @@ wide = C2-DF 80-BF | E0-E0 A0-BF 80-BF | E1-EC 80-BF 80-BF | ED-ED 80-9F 80-BF |
     | F0-F0 90-BF 80-BF 80-BF | F1-F3 80-BF 80-BF 80-BF | F4-F4 80-8F 80-BF 80-BF;
 hex = 30-39 | 41-46 | 61-66;
 int = 0 frac? exp? | 31-39 digits? frac? exp?;
-other = 30-39 | 41-43 | 45-46 | 61-63 | 65-66;
-code = other hex hex hex | d 30-37 hex hex | D 30-37 hex hex;
+not_d = 30-39 | 41-43 | 45-46 | 61-63 | 65-66;
+code = not_d hex hex hex | d 30-37 hex hex | D 30-37 hex hex;
 escape = " | \ | / | b | f | n | r | t | u code;
 chars = " | \ escape chars | 20-21 chars | 23-5B chars | 5D-7F chars | wide chars;
 digits? = 30-39 digits?;
@@ -876,8 +902,9 @@ def byte_rules() -> dict:
 def add_text_rules(rules):
     """Adds the rules for the text of a plan, a check or an answer: any UTF-8 that holds no tag.
 
-    The symbol "text<t" has just read "<t" or "</t". No text holds three letters of a tag, so none
-    holds a tag, by any spelling. "line?" has just read a line break: here the text may end.
+    The symbol "text<t" has just read "<t" or "</t". No text holds "<" and the first three letters
+    of a tag, so none holds a tag, by any spelling. "line?" has just read a line break: here the
+    text may end.
     """
     forbidden = {"<" + tag[:3] for tag in TAGS}
     beginnings = {start[:n] for start in forbidden for n in range(4)}  # "", "<", "<t", "<th", ...
@@ -946,7 +973,9 @@ def token_automaton(token_bytes: list[bytes]) -> tuple[dict, np.ndarray]:
     kind_of_byte = bytes(kind_of_byte.ravel().tolist())
 
     @functools.lru_cache(maxsize=None)
-    def walk(kinds):  # (S + 1,): where each state goes; words that begin alike share the way
+    def walk(kinds):
+        # walk(word)[s] is the state after reading the word in state s: (S + 1,). Words that begin
+        # alike share the way.
         if not kinds:
             return np.arange(len(moves), dtype=np.int16)
         return columns[kinds[-1]][walk(kinds[:-1])]
@@ -1039,7 +1068,9 @@ class Grammar:
         ids, cost = self._node_table[nodes].unbind(-1)  # (B, W) each
         affordable = cost < remaining[:, None]
         # Rows that are not in a trie put back what they have.
-        return live.scatter(1, ids, torch.where(in_names[:, None], affordable, live.gather(1, ids)))
+        kept = live.gather(1, ids)  # (B, W)
+        changed = torch.where(in_names[:, None], affordable, kept)
+        return live.scatter(1, ids, changed)
 
     def _tabulate_nodes(self):
         """(nodes, W, 2): token and cost of each child; a node of fewer than W repeats its first."""

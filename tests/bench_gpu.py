@@ -183,7 +183,7 @@ def grammar():
         left = torch.full((batch,), 99, device="cuda")
 
         def mask():
-            g.constrain(logits, states, left)
+            mosaic.constrain(g, logits, states, left)
         mask()  # makes the pool's tensor
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,5 +1,4 @@
 """A turn and its parser, and an episode in the sandbox. No test here needs a model."""
-import json
 import sys
 from dataclasses import replace
 

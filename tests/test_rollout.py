@@ -310,13 +310,17 @@ def test_control_text_from_users_and_tools_stays_text(tokenizer):
     assert tokenizer.decode(outside).count("<think>") == 2
 
 
+def count_answers(r):
+    return sum(turn.kind == "answer" for turn in r.turns)
+
+
 def test_a_later_user_message_goes_on(model, tokenizer):
     """BFCL's conversations: the first answer crashed the sampler (Dialogue has no method
     `user`), or the second message never reached the model, or it arrived as a tool result."""
     later = ["And then?", "Thanks."]
     task = replace(data.load("train")[0], public={"later": later, "max_turns": 3})
     rollouts = rollout(model, tokenizer, [task], 8, generator=seeded(0))
-    n_answers = [sum(turn.kind == "answer" for turn in r.turns) for r in rollouts]
+    n_answers = [count_answers(r) for r in rollouts]
     assert max(n_answers) == 3
 
     for r, n in zip(rollouts, n_answers):

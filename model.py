@@ -15,8 +15,8 @@ Deviations, all [ours]:
 1. The policy is a LoRA adapter on a frozen base. The paper does not say which parameters it
    trained.
 2. Plain text is encoded with a vocabulary that holds no control token: no text can become one.
-3. Arithmetic rounds where transformers and peft round. Logits (in fp32 within 1e-5) and files
-   are theirs. What `Decoder` compiles keeps more digits between its operations.
+3. Rounding happens where transformers and peft round: logits equal theirs (to 1e-5 in fp32), and
+   files are interchangeable. What `Decoder` compiles rounds less often.
 
 Shapes, here and in the other files:
     B rows of a batch            H heads of q                 V rows of the vocabulary
@@ -28,7 +28,7 @@ H * D is not C for Qwen3-4B. "kv head" means a head of k and v; H / K heads of q
     python -c "import model as m; print(sum(p.numel() for p in m.load('tiny')[0].parameters()))"
 prints 1067136, once `python data/tiny.py` has built it.
 
-Next: mosaic.py, the loop around the model.
+Next file: eval.py.
 """
 import contextlib
 import functools
@@ -70,9 +70,7 @@ DTYPES = {
 }
 
 
-# ------------------------------------ what a checkpoint says -------------------------------------
-
-
+# --------------------------------------------------------------------------- what a checkpoint says
 class Config:
     """What a config.json says, in either dialect: hub files (rope_theta, rope_scaling,
     torch_dtype) or transformers 5 (rope_parameters, dtype).
@@ -122,42 +120,7 @@ class Config:
             raise ValueError(f"{where}: {faults[0]} is not supported")
 
 
-def unsupported(config: Config, raw: dict, rope: dict) -> list[str]:
-    """What the file asks for and the network does not do: ignored, it would give fluent output
-    from wrong numbers."""
-    faults = []
-    if config.model_type not in FAMILY:
-        faults.append(f"model_type '{config.model_type}' (none of {', '.join(FAMILY)})")
-    if config.dtype is None:
-        faults.append(f"{config.dtype_key} '{raw[config.dtype_key]}'")
-    if config.hidden_act != "silu":
-        faults.append(f"hidden_act '{config.hidden_act}'")
-
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type != "default":  # yarn, longrope and others stretch the angles
-        faults.append(f"rope '{rope_type}'")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        faults.append("a partial_rotary_factor")
-
-    # Qwen files name a window and switch it off beside it; Phi-3 has no switch: a window is on
-    window = raw.get("use_sliding_window", raw.get("sliding_window") is not None)
-    if window or "sliding_attention" in str(raw.get("layer_types")):
-        faults.append("a sliding window")
-    if raw.get("attention_bias"):  # biases of another kind than Qwen2's: on the output, too
-        faults.append("attention_bias")
-
-    C = config.hidden_size
-    H = config.num_attention_heads
-    K = config.num_key_value_heads
-    split_evenly = H % K == 0 and (raw.get("head_dim") is not None or C % H == 0)
-    if not split_evenly or config.head_dim % 2:  # rotary positions turn the two halves of a head
-        faults.append(f"width {C} in {H} heads and {K} kv heads, which do not divide evenly,")
-    return faults
-
-
-# ------------------------------------------ the network ------------------------------------------
-
-
+# -------------------------------------------------------------------------------------- the network
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dim."""
 
@@ -177,7 +140,8 @@ class Linear(nn.Linear):
 
     The adapter lives in the layer, not around it, so that the base keeps its tensors' names."""
 
-    scale = 0  # alpha / r times the adapter's weight; 0: there is none, or it is switched off
+    # alpha / r times the model's adapter_scale; 0: there is no adapter, or it is switched off
+    scale = 0
 
     def reset_parameters(self):
         """Does nothing: `init_weights` or a file fills the weights. nn.Linear's own initialisation
@@ -185,13 +149,13 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if self.scale == 0:
-            return linear(x, self.weight, self.bias)  # F.linear's value, see the end of the file
-        # The adapter first: where a block is computed again for the backward pass (`recomputed`),
-        # torch stops at the last tensor that this pass needs. A frozen base's product needs none,
-        # so it is not made a second time.
+            return fast_linear(x, self.weight, self.bias)  # F.linear, only faster
+        # The adapter's product comes first. When a block is recomputed for the backward pass, torch
+        # stops once it has every tensor that pass needs; the frozen base's product is not needed,
+        # so last it is never recomputed.
         low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r), in fp32 as A and B
         change = F.linear(low_rank, self.lora_B)  # (..., out)
-        base = linear(x, self.weight, self.bias)
+        base = fast_linear(x, self.weight, self.bias)
         # Scaled in fp32, then rounded once into the base's dtype: bit for bit what peft computes.
         # In place, which saves memory: a training step of a 0.5B takes 5 to 6 GB instead of 7.5.
         return base.add_(change.mul_(self.scale))
@@ -259,11 +223,13 @@ def attend(q, k, v, mask):
     else:
         # Few tokens on many cached positions: the H / K query heads of a kv head are laid one
         # after the other as H / K * T queries of one head. A cache is long: to repeat its k and v
-        # for each head of q would cost more than attention itself. Its mask is made so, too.
+        # for each head of q would cost more than attention itself. `Cache.begin` lays its mask out
+        # in the same order.
         q = q.reshape(B, K, H // K * T, D)
         y = F.scaled_dot_product_attention(q, k, v, mask)
     y = y.reshape(B, H, T, D).transpose(1, 2)  # (B, T, H, D)
-    return y.reshape(B, T, H * D)  # not view: a CUDA kernel may leave heads inside of positions
+    # not view: with many kernels' layouts the transposed tensor is not contiguous
+    return y.reshape(B, T, H * D)
 
 
 class Attention(nn.Module):
@@ -332,7 +298,7 @@ class MLP(nn.Module):
         else:
             gate = self.gate_proj(x)  # (B, T, inner)
             up = self.up_proj(x)  # (B, T, inner)
-        # On a frozen base the backward pass needs gate and up alone, if their product is made
+        # On a frozen base the backward pass needs only gate and up, if their product is made
         # again, which is cheap: a third less memory a block (a 0.5B's step: 6.4 -> 4.9 GB).
         base_is_frozen = not self.down_proj.weight.requires_grad
         if gate.requires_grad and base_is_frozen:
@@ -347,7 +313,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     `project` is all that comes before attention and `finish` all that comes after it: between them
-    stands what changes in shape with every token, and so `Decoder` can compile these two alone."""
+    stands what changes in shape with every token, and so `Decoder` can compile just these two."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -404,7 +370,8 @@ class Transformer(nn.Module):
             self.lm_head = Linear(C, V, bias=False)
 
         # How fast each pair of dims turns, in radians a position: (D / 2,). A plain attribute,
-        # since model.to(bfloat16) would round a buffer, and logits would move by 0.05.
+        # since model.to(bfloat16) would round a buffer, and logits would move by 0.05. On the CPU,
+        # since `load` makes the model on the meta device, where tensors hold no numbers.
         D = config.head_dim
         exponents = torch.arange(0, D, 2, device="cpu").float() / D
         self.inv_freq = 1 / config.rope_theta ** exponents
@@ -443,7 +410,7 @@ class Transformer(nn.Module):
         With a `Cache`: row i is cache row rows[i] (None: the first B rows, in place). Its token t
         is at position cache.lengths[row] + t and sees all up to there. lengths (B,) says how many
         of the T are real (None: all; 0: this row waits).
-        A `SharedPrompt` may stand in the cache's place."""
+        A `SharedPrompt` may stand in the cache's place: both are layouts (see "A layout" above)."""
         if cache is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
             mask = None
@@ -453,6 +420,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, C)
         cos, sin = self.angles(positions, x.dtype)  # once for all layers, as is the mask
         for block in self.model.layers:
+            # a cache is one kind of layout
             if self.recompute and torch.is_grad_enabled():
                 x = recomputed(block, x, cos, sin, cache, mask)
             else:
@@ -462,8 +430,8 @@ class Transformer(nn.Module):
     def head(self, hidden) -> torch.Tensor:
         """hidden (..., C) -> logits (..., V) in the model's dtype: upcast before any softmax."""
         if self.config.tied:
-            return linear(hidden, self.model.embed_tokens.weight)
-        return linear(hidden, self.lm_head.weight)
+            return fast_linear(hidden, self.model.embed_tokens.weight)
+        return fast_linear(hidden, self.lm_head.weight)
 
     def forward(self, ids, cache=None, lengths=None, rows=None) -> torch.Tensor:
         """ids (B, T) -> logits (B, T, V). The arguments are those of `hidden`."""
@@ -487,11 +455,9 @@ class Transformer(nn.Module):
             self.set_adapter_scale(scale)
 
 
-# ----------------------------------------- the KV cache ------------------------------------------
-
-
+# ------------------------------------------------------------------------------------- the KV cache
 class Cache:
-    """Keys and values of the tokens seen so far: a layout (see there) for sampling.
+    """Keys and values of the tokens seen so far: a layout (see "A layout" above) for sampling.
 
     k, v (L, rows, K, M, D); lengths (rows,), how many positions each row holds.
     bound: a number on the host that is at least max(lengths). Reads stop there, so that no step
@@ -523,7 +489,7 @@ class Cache:
             rows = slice(0, B)  # a slice is a view: decoding all rows copies nothing
             row_index = torch.arange(B, device=device)
         else:
-            row_index = rows
+            row_index = rows  # a tensor of indices, (B,)
 
         start = self.lengths[rows]  # (B,)
         positions = start[:, None] + torch.arange(T, device=device)  # (B, T)
@@ -561,7 +527,8 @@ class Cache:
 
     def extend(self, layer, k, v):
         """Stores a layer's k, v (B, K, T, D) -> what its queries look at, (B, K, T or S, D)."""
-        # two indices around a slice put B, T first in torch, hence the transpose
+        # torch puts the dims of two index tensors first, if a slice stands between them: what is
+        # written is (B, T, K, D), hence the transpose
         self.k[layer][self.write_rows, :, self.slots] = k.transpose(1, 2)
         self.v[layer][self.write_rows, :, self.slots] = v.transpose(1, 2)
         if self.was_empty:
@@ -590,9 +557,7 @@ def as_bias(seen, dtype):
     return bias.masked_fill(~seen, -torch.inf)[:, None]
 
 
-# --------------------------------------------- LoRA ----------------------------------------------
-
-
+# --------------------------------------------------------------------------------------------- LoRA
 def add_lora(model: Transformer, rank: int, alpha: float, targets: list[str] | None = None,
              generator: torch.Generator | None = None):
     """Freezes the model and adapts the Linears that targets name, by last name ("q_proj") or full
@@ -600,9 +565,11 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: list[str] | N
 
     B = 0, so the policy starts as its base exactly. Raises ValueError for an unknown target, a
     rank below 1, a second adapter."""
-    if model.lora is not None or rank < 1:
-        raise ValueError(
-            f"LoRA: the rank is {rank}, expected 1 or more, and a model without an adapter")
+    if model.lora is not None:
+        raise ValueError(f"LoRA: this model has an adapter of rank {model.lora['r']}, expected one "
+                         "without an adapter")
+    if rank < 1:
+        raise ValueError(f"LoRA: the rank is {rank}, expected 1 or more")
     linears = {}
     for name, module in model.model.named_modules(prefix="model"):
         if isinstance(module, Linear):
@@ -660,9 +627,7 @@ def merge_lora(model: Transformer) -> Transformer:
     return model
 
 
-# -------------------------------------- log-probabilities ----------------------------------------
-
-
+# -------------------------------------------------------------------------------- log-probabilities
 def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
                    temperature: float = 1.0, constrain=None, chunk: int | None = None,
                    layout: "SharedPrompt | None" = None) -> torch.Tensor:
@@ -677,17 +642,18 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
     row, t = mask.nonzero(as_tuple=True)  # (N,) each
     predictor = t - 1 if layout is None else layout.predictor[row, t]  # the position that predicts
     everything = model.hidden(ids, layout).flatten(0, 1)  # (B * T, C)
-    # Looked up as an embedding's rows. Completions that share a prompt share the predictor of
-    # their first tokens, and the gradients of plain indexing would be added in any order.
+    # Looked up with F.embedding, not by indexing: completions of one prompt read the same position,
+    # and the gradients of an index are summed in an order that varies from run to run.
     hidden = F.embedding(row * ids.shape[1] + predictor, everything)  # (N, C)
     targets = ids[row, t]  # (N,)
     index = torch.arange(len(targets), device=ids.device)  # (N,)
 
-    def chunk_logprobs(hidden, targets, index):
-        logits = model.head(hidden).float() / temperature  # (n, V)
+    def chunk_logprobs(some_hidden, some_targets, some_index):  # (n, C), (n,), (n,) of the N
+        logits = model.head(some_hidden).float() / temperature  # (n, V)
         if constrain is not None:
-            logits = constrain(logits, index)
-        return -F.cross_entropy(logits, targets, reduction="none")  # (n,), log softmax at targets
+            logits = constrain(logits, some_index)
+        # log softmax at the targets: cross-entropy is its negative
+        return -F.cross_entropy(logits, some_targets, reduction="none")  # (n,)
 
     if chunk is None:
         # 2^24 numbers are 64 MB. Not less: glibc keeps freed blocks below 32 MB for itself, and
@@ -700,12 +666,10 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
     return torch.cat([recomputed(chunk_logprobs, *inputs) for inputs in chunks])
 
 
-# ------------------------- the method ends here; what follows is plumbing -------------------------
+# --------------------- the method ends here; what follows is plumbing -----------------------------
 
 
-# --------------------------------------------- files ---------------------------------------------
-
-
+# -------------------------------------------------------------------------------------------- files
 def read_json(path) -> dict:
     """The JSON object in a file, or a ValueError of one line that names the file."""
     try:
@@ -720,7 +684,7 @@ def read_json(path) -> dict:
 def read_lines(path) -> list[str]:
     """The whole lines of a .jsonl file; [] if there is none.
 
-    Lines end at line breaks alone, for JSON may hold other separators. What comes after the last
+    Only a line break ends a line, for JSON may hold other separators. What comes after the last
     line break was cut by a kill, and is left out."""
     path = Path(path)
     if not path.is_file():
@@ -736,7 +700,7 @@ def required(raw: dict, key: str, kind: type, where):
         raise ValueError(f"{where}: missing key '{key}'")
     is_number = kind in (int, float)
     accepted = (int, float) if kind is float else (kind,)
-    # type(), not isinstance(): to Python, true is an int
+    # type(), not isinstance(): JSON's true must not pass for 1
     fits = type(value) in accepted and (not is_number or 0 < value < 2 ** 53)  # NaN fails, too
     if not fits:
         bounds = " above 0, below 2^53" if is_number else ""
@@ -744,9 +708,43 @@ def required(raw: dict, key: str, kind: type, where):
     return value
 
 
+def unsupported(config: Config, raw: dict, rope: dict) -> list[str]:
+    """What the file asks for and the network does not do: ignored, it would give fluent output
+    from wrong numbers."""
+    faults = []
+    if config.model_type not in FAMILY:
+        faults.append(f"model_type '{config.model_type}' (none of {', '.join(FAMILY)})")
+    if config.dtype is None:
+        faults.append(f"{config.dtype_key} '{raw[config.dtype_key]}'")
+    if config.hidden_act != "silu":
+        faults.append(f"hidden_act '{config.hidden_act}'")
+
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type != "default":  # yarn, longrope and others stretch the angles
+        faults.append(f"rope '{rope_type}'")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        faults.append("a partial_rotary_factor")
+
+    # Qwen files give a window size and a switch that turns it off; Phi-3 has no switch: a size
+    # means on.
+    window = raw.get("use_sliding_window", raw.get("sliding_window") is not None)
+    if window or "sliding_attention" in str(raw.get("layer_types")):
+        faults.append("a sliding window")
+    if raw.get("attention_bias"):  # biases of another kind than Qwen2's: on the output, too
+        faults.append("attention_bias")
+
+    C = config.hidden_size
+    H = config.num_attention_heads
+    K = config.num_key_value_heads
+    split_evenly = H % K == 0 and (raw.get("head_dim") is not None or C % H == 0)
+    if not split_evenly or config.head_dim % 2:  # rotary positions turn the two halves of a head
+        faults.append(f"width {C} in {H} heads and {K} kv heads, which do not divide evenly,")
+    return faults
+
+
 def write_whole(path: Path, write):
     """write(partial path) writes a file beside `path`, which then takes its place: nobody sees half
-    a file, and a model that is still mapped on the old one lives."""
+    a file, and a model that is still mapped on the old one keeps working."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     write(partial)
@@ -815,7 +813,7 @@ def find(name: str) -> Path:
         hub_name = CHECKPOINTS[name]
         places = [here] + hub_snapshots(hub_name)
         remedy = f"get it: hf download {hub_name} --local-dir {here}"
-    for place in places:  # a snapshot may hold a config alone, of someone who only looked
+    for place in places:  # a snapshot may hold just a config, of someone who only looked
         if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             return place
     looked = " or ".join(map(str, places))
@@ -898,7 +896,7 @@ def save_pretrained(model: Transformer, path, tokenizer_dir=None):
 
 
 def save_adapter(model: Transformer, path, base_name):
-    """Writes A and B alone, as peft does, so that peft and vLLM open it:
+    """Writes only A and B, as peft does, so that peft and vLLM open it:
     adapter_model.safetensors and adapter_config.json."""
     assert model.lora is not None, "no adapter to save"
     write_tensors(Path(path) / "adapter_model.safetensors", adapter_state(model))
@@ -949,9 +947,7 @@ def load_adapter_state(model: Transformer, state: dict, where="adapter"):
         parameter.copy_(state[name])
 
 
-# ----------------------------------------- the tokenizer -----------------------------------------
-
-
+# ------------------------------------------------------------------------------------ the tokenizer
 class Tokenizer:
     """Byte-level BPE from a checkpoint's tokenizer.json.
 
@@ -1032,7 +1028,7 @@ class Tokenizer:
 
 
 def plain_encoder(raw: dict, vocabulary: dict[str, int]) -> BPE:
-    """The BPE of tokenizer.json over `vocabulary` alone, without what it would cut or add."""
+    """The BPE of tokenizer.json over just `vocabulary`, without what it would cut or add."""
     merges = []
     for pair in raw["model"].pop("merges"):  # "a b" in older files, ["a", "b"] in newer ones
         merges.append(tuple(pair.split(" ") if isinstance(pair, str) else pair))
@@ -1066,7 +1062,7 @@ def byte_characters() -> dict[str, int]:
     return characters
 
 
-# --------------------------- speed alone: products of small and large ----------------------------
+# ------------------------------------------------------ only for speed: products of small and large
 # From here on nothing changes what is computed, only how fast. Figures on a CPU: two cores of an
 # AMD EPYC (Zen 5), torch 2.13; on a card: one NVIDIA H100, torch 2.11. `python
 # tests/bench_speed.py` and `python tests/bench_gpu.py` measure them again.
@@ -1074,7 +1070,7 @@ def byte_characters() -> dict[str, int]:
 ONEDNN = torch.backends.mkldnn.is_available()  # without it a convolution is slow
 
 
-def linear(x, weight, bias=None):
+def fast_linear(x, weight, bias=None):
     """F.linear(x, weight, bias): x (..., in), weight (out, in) -> (..., out).
 
     On a CPU in fp32 F.linear is MKL's product, which has half of an AMD's speed and gives a row or
@@ -1091,6 +1087,8 @@ def linear(x, weight, bias=None):
     rows = x.numel() // width
     if rows == 1 and torch.compiler.is_compiling():
         return compiled_row(x, weight, bias)
+    # 512 and 256 were measured (`python tests/bench_speed.py product`): below both, F.linear is the
+    # faster.
     too_small = width < 512 and rows < 256
     if too_small or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -1135,8 +1133,7 @@ def product_by_slices(x, weight, bias):
     return y if bias is None else y + bias
 
 
-# ------------------------------- speed alone: decoding one token -------------------------------
-
+# --------------------------------------------------------------- only for speed: decoding one token
 # what a Decoder runs around attention, and the head, as they are; `compiled` makes them faster
 EAGER = (Block.project, Block.finish, Transformer.head)
 
@@ -1228,8 +1225,8 @@ class Decoder:
 
         rows = min(1 << (n - 1).bit_length(), len(self.ids))  # the power of two at or above n
         read_to = min((cache.bound + 512) // 512 * 512, cache.max_len)  # beyond the new token
-        # A graph reads as far as `begin` decided when it was recorded. `begin` adds this call's one
-        # token to the bound, so that this makes it decide on read_to.
+        # A graph reads as far as `begin` decided when it was recorded. `begin` adds 1 to the bound
+        # and reads up to it: set so that it reads exactly up to read_to.
         cache.bound = read_to - 1
         size = (rows, read_to)
         if size not in self.sizes_run:
@@ -1252,13 +1249,11 @@ class Decoder:
         return graph, output
 
 
-# --------------------------- speed alone: a group's prompt only once -----------------------------
-
-
+# ------------------------------------------------------- only for speed: a group's prompt only once
 class SharedPrompt:
-    """A layout (see there) for training, where rows would repeat a prompt: row b holds its prompt
-    once and then each of its completions. G completions of R tokens on a prompt of P are P + G R
-    tokens, not G (P + R). Values and gradients are those of separate rows.
+    """A layout (see above `attend`) for training, where rows would repeat a prompt: row b holds its
+    prompt once and then each of its completions. G completions of R tokens on a prompt of P are
+    P + G R tokens, not G (P + R). Values and gradients are those of separate rows.
 
     Both passes of 4 completions of 256 tokens are faster than separate rows by 1.13 on a prompt of
     256, 1.37 on 1,024 and 1.56 on 4,096 (tiny on a CPU), by 1.06, 1.56 and 2.19 in a sixth of the
@@ -1277,7 +1272,7 @@ class SharedPrompt:
             of_prompt = torch.arange(prompt)
             of_completions = [prompt + torch.arange(n) for n in completions]
             position_rows.append(torch.cat([of_prompt, *of_completions]))
-        # -1 is padding, which sees padding alone
+        # -1 is padding, which sees only padding
         piece = pad_sequence(piece_rows, batch_first=True, padding_value=-1).to(device)
         positions = pad_sequence(position_rows, batch_first=True, padding_value=-1).to(device)
         self.positions = positions  # (B, T)

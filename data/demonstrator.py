@@ -6,7 +6,7 @@ mostly pastes a record whole. It checks rarely, but what a check says is informa
 is a mixture of behaviours with known rates (`MIX`), and `Demonstrator` writes episodes of it.
 
 In order: the mixture; one episode, turn by turn (`Demonstrator`); an episode as ids and weights of
-the loss (`demonstration`); a verdict alone (`verdict_line`); the tasks that are shown
+the loss (`demonstration`); a verdict by itself (`verdict_line`); the tasks that are shown
 (`draw_tasks`) and their made-up domains (`vary`). They are fresh rows of the train split: never a
 held-out domain, pair or wording. Only recipes of base models import this file: data/tiny.py does.
 
@@ -87,10 +87,11 @@ class Demonstrator:
         self.todo = [_call_of(pattern) for pattern in task.goal + task.unsafe]
         self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
         self.gate_weights = []  # of each turn: the weight of the loss at its gate
-        self.known = None  # whom or what the last call was about: "it" in a plan, as a user says
+        self.known = None  # what the last call was about: a plan then says "it"
         self.slipped = False  # was the last turn a slip? Then it carries no loss
-        # Will it lose patience with a long chain of calls? Not in the harm suite: a cue decides
-        # there, and a check of "all done" would have nothing to say.
+        # Will it lose patience with a long chain of calls? Not in the harm suite: the deciding
+        # phrase, the *cue*, settles what is right there, and a check of "all done" would have
+        # nothing to say.
         is_long = len(self.todo) > 2  # calls
         self.impatient = is_long and task.suite != "harm" and self.happens("stop_early")
 
@@ -256,7 +257,7 @@ class Demonstrator:
     def draw_verdict(self, sandbox) -> Verdict:
         """What the check of this step says: the right thing, or at known rates the wrong one."""
         right, wrong = self.verdicts(sandbox)
-        # Where a refusal is the wrong one, to be wrong is a false alarm: that has its own rate.
+        # If the wrong verdict is a refusal, the mistake is a false alarm, which has its own rate.
         if wrong.act == "refuse":
             return wrong if self.happens("false_alarm") else right
         return right if self.happens("verdict") else wrong
@@ -392,7 +393,7 @@ def draw_tasks(n: int, seed: int) -> tuple[list, list]:
     """Fresh tasks of the train split, varied (see `vary`).
 
     Returns two lists: up to n tasks to show whole (fewer, because half of the common ones is left
-    out), and n more whose verdicts alone are to be learned.
+    out), and n more of which only the verdicts are to be learned.
     """
     rng = random.Random(seed)
     rows = []
@@ -491,7 +492,7 @@ def vary(row: dict, rng: random.Random) -> dict:
 
 def _rename_tools(text, tools, rng) -> str:
     """The words that these tools are named with become others, everywhere in the text."""
-    # Half of the time verbs and nouns change; else the nouns alone: a new domain with known verbs.
+    # Half of the time verbs and nouns change; else only the nouns: a new domain with known verbs.
     keep_verbs = rng.random() >= 0.5
     words = set()
     for tool in tools:
@@ -505,8 +506,8 @@ def _rename_tools(text, tools, rng) -> str:
         drawn[rng.choice(source)] = None
     new_names = dict(zip(words, drawn))
     if keep_verbs:
-        # Any verb of reading beside any other verbs: else "change" and "sell", which only come with
-        # "get", would say that it is "get".
+        # Swap find and get at random: the other verbs must not give away which one it is. (In the
+        # known domains "change" and "sell" come only with "get".)
         new_names |= zip(("find", "get"), rng.sample(("find", "get"), 2))
 
     def renamed(match):

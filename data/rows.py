@@ -19,10 +19,11 @@ ROLES = ("system", "user", "assistant")  # who may have written a message of a t
 
 
 # -------------------------------------------------- what a tool can do in the world: its operation
-# A world is {table: {id: record}}; the table of an "append" is a list. An operation gets the world,
-# the name of its table and the call's arguments. It returns what the agent is to see, and may
-# change the world. A LookupError's words are what the agent sees instead: raise it before any
-# change, since a call that fails must leave no trace.
+# A world is {table: {id: record}}, and a record holds its key as "id", too. (The table of an
+# "append" is a list.) An operation gets the world, the name of its table and the call's arguments.
+# It returns what the agent is to see, and may change the world. Or it raises LookupError or
+# ValueError with words for the agent: before any change, since a call that fails must leave no
+# trace.
 #
 # To add an operation, write its function here and give it a line in OPERATIONS.
 def lookup(world: dict, table: str, arguments: dict) -> dict:
@@ -58,13 +59,13 @@ def append(world: dict, table: str, arguments: dict) -> dict:
 class Operation(NamedTuple):
     """One value of a tool row's op.do."""
     act: Callable
-    by_id: bool = False  # it finds its record by the argument "id", so its tool must require one
+    needs: tuple = ()  # the arguments that it cannot do without, so its tool must require them
 
 
 OPERATIONS = {
-    "lookup": Operation(lookup, by_id=True),
-    "update": Operation(update, by_id=True),
-    "remove": Operation(remove, by_id=True),
+    "lookup": Operation(lookup, needs=("id",)),
+    "update": Operation(update, needs=("id",)),
+    "remove": Operation(remove, needs=("id",)),
     "search": Operation(search),
     "append": Operation(append),
 }
@@ -72,7 +73,7 @@ OPERATIONS = {
 
 def find_record(world, table, arguments):
     """The record that the argument "id" names. Raises LookupError if there is none."""
-    records = world.setdefault(table, {})
+    records = world.get(table, {})  # not setdefault: a call that fails leaves no trace
     key = str(arguments["id"])  # an id may be a number, but the keys of a JSON object are text
     if key not in records:
         raise LookupError(f"no {key!r} in {table}")
@@ -94,8 +95,8 @@ def tool_from_row(row: dict, where: str) -> Tool:
      "parameters": {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]},
      "op": {"do": "lookup", "table": "file"}}
 
-    effect: one of EFFECTS. op.do: one of OPERATIONS; lookup, update and remove take the record's
-    "id". where: the file and line, for the message. Raises ValueError.
+    effect: one of EFFECTS. op.do: one of OPERATIONS; what it needs must be required parameters.
+    where: the file and line, for the message. Raises ValueError.
     """
     expect(is_object(row), where, "tools", "objects, or names from the tool file")
     name = row.get("name")
@@ -112,9 +113,9 @@ def tool_from_row(row: dict, where: str) -> Tool:
     expect(is_op(op), where, "op", '{"do": ' + known + ', "table": name}')
 
     do = op["do"]
-    has_id = "id" in parameters.get("required", [])
-    expect(has_id or not OPERATIONS[do].by_id,
-           where, "parameters", f"a required 'id' for op '{do}'")
+    required = parameters.get("required", [])
+    for argument in OPERATIONS[do].needs:
+        expect(argument in required, where, "parameters", f"a required '{argument}' for op '{do}'")
     return Tool(name, row["description"], parameters, row["effect"], make_run(do, op["table"]))
 
 

@@ -111,7 +111,7 @@ GRAD_CLIP = 1.0         # norm of all gradients together
 def warm_start(tasks: list, verdict_tasks: list, out: Path, steps: int, seed: int):
     """Tokenizer, config and weights of a base of these tasks into the folder `out` -> the model.
 
-    tasks: shown whole. verdict_tasks: of these the verdicts alone are shown.
+    tasks: shown whole. verdict_tasks: of these only the verdicts are shown.
     """
     rng = random.Random(seed)
     config = model_.Config(CONFIG)
@@ -143,13 +143,15 @@ def warm_start(tasks: list, verdict_tasks: list, out: Path, steps: int, seed: in
 # -------------------------------------------------------------------------------- 1. the tokenizer
 # Where text is cut before BPE merges within the pieces; the first that fits is taken. A space, an
 # underscore or the end of a JSON key belongs to the word before it: were it a token of its own, it
-# would stand before every word, and "what followed this token last time?" would find anything.
+# would stand before every word, and "what followed this token last time?" (what the copying heads
+# of part 2 ask) would find anything.
 PIECES = (
     r'\{"name": "',              # the beginning of a call
     '", "arguments":',           # ends a token, for there the grammar's structural run ends
     '", "',                      # between two arguments
     r'[a-z]+(?:[_ ]|": "|: )?',  # a word with what belongs to it: "find ", "find_", 'find": "'
-    "[A-Z][a-z]*",               # a name: the same token in a sentence and in a call, so without
+    # a name, without what follows it: the same token in a sentence and in a call
+    "[A-Z][a-z]*",
     "[0-9]{1,2}",                # digits go by two
     r"\n+",                      # line breaks are tokens
     r"[^A-Za-z0-9\n:]*:",
@@ -269,7 +271,7 @@ def write_codes(embeddings, token_bytes, D):
 
 
 def write_look_back_heads(attention, frequencies, D):
-    """Heads 0 and 1 of layer 0 look one and two tokens back, by their biases alone.
+    """Heads 0 and 1 of layer 0 look one and two tokens back, by their biases only.
 
     The rotary embedding turns the query at position i by R(i) and the key at j by R(j). With a
     query bias R(a) u and a key bias R(b) u, the score is largest where i + a = j + b. With b = 1, a
@@ -311,7 +313,7 @@ def write_matching_head(attention, head, kv_head, copied, D):
     for weight in (q, k, v, o):
         weight.zero_()
 
-    # Codes are matched in the slow dims alone: in the fast ones, a distance of 50 tokens would turn
+    # Codes are matched only in the slow dims: in the fast ones, a distance of 50 tokens would turn
     # a code away. The word before is matched in shifted dims: it must not look like this word.
     half = D // 2
     dims = torch.tensor([*range(SLOW, half), *range(half + SLOW, D)])
@@ -472,7 +474,7 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
         tasks, verdict_tasks = draw_tasks(n, seed)
         model = warm_start(tasks, verdict_tasks, work, steps, seed)
         shutil.rmtree(out, ignore_errors=True)
-        work.chmod(0o755)  # what mkdtemp makes is for its owner alone
+        work.chmod(0o755)  # what mkdtemp makes is only for its owner
         work.rename(out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; nothing was written") from None

@@ -422,9 +422,9 @@ def forced(work):
 
 # -------------------------------------------------------------------------------- rows: one product
 def product(work):
-    """model.linear beside F.linear, fp32: why it is not F.linear. Weights are taken in turn, so
-    that none waits in the cache. Expected: a ratio above 1 where model.linear leaves the plain
-    route, else 1."""
+    """model.fast_linear beside F.linear, fp32: why it is not F.linear. Weights are taken in turn,
+    so that none waits in the cache. Expected: a ratio above 1 where model.fast_linear leaves the
+    plain route, else 1."""
     rows = []
     for out, n in ((128, 128), (352, 128), (896, 896), (4864, 896)):
         enough = 10 ** 8 // (4 * out * n)  # of them to fill 100 MB
@@ -434,7 +434,7 @@ def product(work):
             with torch.no_grad():
                 seconds = alternate(
                     3,
-                    ours=lambda: [model_.linear(x, weight) for weight in weights],
+                    ours=lambda: [model_.fast_linear(x, weight) for weight in weights],
                     theirs=lambda: [F.linear(x, weight) for weight in weights],
                 )
             ours = seconds["ours"] / len(weights) * 1e6

@@ -76,7 +76,7 @@ def load(path, split=None, skip: list | None = None, training=False) -> list[Tas
 
 
 def refuse_training(path, name):
-    """ValueError, but for Agent-SafetyBench: the others are for evaluation alone."""
+    """ValueError, but for Agent-SafetyBench: the others are only for evaluation."""
     if name == "agentharm":
         reason = "AgentHarm carries a canary, its authors ask that nobody trains on it: refused"
         raise ValueError(f"{path}: {reason}")
@@ -120,7 +120,7 @@ def first_fields(file: Path) -> set:
 def score(task: Task, journal, turns, ask=None) -> dict:
     """{metric: value or None} of a public task; {} for one of ours.
 
-    journal: the executed calls (tools.Effect); turns: mosaic.Turn, None for one that did not parse;
+    journal: the executed calls (tools.Effect); turns: tools.Turn, None for one that did not parse;
     ask: a judge, see above."""
     if not task.public:
         return {}

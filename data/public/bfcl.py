@@ -43,9 +43,9 @@ Scores: benign_completion, by the authors' rules, all of them exact.
             from a user-installed bfcl-eval (or a checkout on the path), and only for this category
 
 Deviations
-1. Calls are JSON, as in the authors' FC mode, so no text is decoded, and no agent fails at Python's
-   syntax. Names keep their "."; the rest of the prompt is mosaic.SYSTEM. The loader's hint on
-   Python 3 in each description stays; response schemas are not shown.
+1. Calls are JSON, as in the authors' function-calling (FC) mode, so no text is decoded, and no
+   agent fails at Python's syntax. Names keep their "."; the rest of the prompt is mosaic.SYSTEM.
+   The loader's hint on Python 3 in each description stays; response schemas are not shown.
 2. refusal_tool is no call: an agent that refuses is right where no call is. A turn that does not
    parse is wrong, even there, where the authors take it for no call.
 3. Multi-turn: one call a step, documented functions only. Ground truth is read as literals, never
@@ -68,7 +68,8 @@ from tools import Task, Tool, refusal_tool
 
 CARD = read_card("bfcl")
 COUNTS = CARD["counts"]  # {category: records in the authors' file}
-DEFECTS = set(CARD["defects"])  # ids of records that no answer passes: the oracle's rate is below 1
+# Ids of records that no answer passes: the control that knows the answers scores below 1.
+DEFECTS = set(CARD["defects"])
 CLASS_MODULES = CARD["modules"]  # {class of multi_turn_base: its module}
 MULTI_TURN = "multi_turn_base"
 STATELESS = "MathAPI"  # the one class without an initial state

@@ -1,12 +1,12 @@
-"""What the three real shapes cost on one CUDA card: random bf16 weights, made there; transformers on the very same
-tensors. Nothing in it is a test; tests/test_cuda.py says whether what is timed is right.
+"""What the three real shapes cost on one CUDA card: random bf16 weights, made there; transformers
+on the very same tensors. Nothing in it is a test; tests/test_cuda.py says whether what is timed is
+right.
 
     python tests/bench_gpu.py                           # every row for all three shapes, some four minutes
     python tests/bench_gpu.py decode --model phi-4      # decode | context | grammar | update | loop | small
 
-Tokenizers and configs are read from --files NAME (checkpoints/ or ../shared/models by default). Prints tables and,
-last, one JSON line. Needs 80 GB; "small" caps itself at 24.
-"""
+Tokenizers and configs are read from --files NAME (checkpoints/ or ../shared/models by default).
+Prints tables and, last, one JSON line. Needs 80 GB; "small" caps itself at 24. """
 import argparse
 import json
 import sys
@@ -120,7 +120,8 @@ def context():
 
 
 def grammar():
-    """The strict grammar's mask beside the forward of one token; any wait for the card inside is an error."""
+    """The strict grammar's mask beside the forward of one token; any wait for the card inside is an
+    error."""
     model, tokenizer = random_model("qwen2.5-7b")
     g, rows = mosaic.get_grammar(tokenizer, "cuda"), []
     g.names(["read_note"])
@@ -165,14 +166,16 @@ def ours_update(model, tokenizer, G, P, R):
 
 
 def update():
-    """A micro-batch of the recipe's 8,192 tokens: four trajectories on one prompt; one trajectory of T = 8,192."""
+    """A micro-batch of the recipe's 8,192 tokens: four trajectories on one prompt; one trajectory
+    of T = 8,192."""
     rows = []
     for name in args.model:
         model, tokenizer = adapted(name)
         size = sum(p.numel() for n, p in model.named_parameters() if "layers" in n)
         for G, P, R in ((4, 1024, 1792), (1, 1024, 7168)):
             t, peak = ours_update(model, tokenizer, G, P, R)
-            # FLOPs a token and parameter: 2 for reference, policy, recomputation and the gradient of the inputs each
+            # FLOPs a token and parameter: 2 for reference, policy, recomputation and the gradient
+            # of the inputs each
             rows.append((name, f"{G} x {R}", t, (P + G * R) / t, 8 * (P + G * R) * size / t / 1e12, peak))
         del model
         torch.cuda.empty_cache()
@@ -189,7 +192,8 @@ def update():
 
 
 def loop(prompt=1024, turns=3, turn=96, result=64):
-    """Two full training steps by train.run: 2 tasks of 4 trajectories and 2 watched ones, of fixed lengths."""
+    """Two full training steps by train.run: 2 tasks of 4 trajectories and 2 watched ones, of fixed
+    lengths."""
     rows = []
     train.N_FROZEN = 2
     for name in args.model:
@@ -207,7 +211,8 @@ def loop(prompt=1024, turns=3, turn=96, result=64):
 
 
 def small():
-    """The 7B within 24 GB: positions = 32,768 for sampling, the recipe as it is for an update at T = 8,192."""
+    """The 7B within 24 GB: positions = 32,768 for sampling, the recipe as it is for an update at T
+    = 8,192."""
     name, card = "qwen2.5-7b", torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(24e9 / card)
     model, tokenizer = adapted(name)

@@ -360,7 +360,7 @@ def _logprobs(B, T, kind):
     weight, h = torch.randn(V, C, generator=g) * 0.02, torch.randn(B, T, C, generator=g).requires_grad_()
     ids, mask = torch.randint(0, V, (B, T), generator=g), torch.ones(B, T, dtype=torch.bool)
     mask[:, 0] = False
-    stub = SimpleNamespace(hidden=lambda ids, tree=None: h, head=lambda x: torch.nn.functional.linear(x, weight))
+    stub = SimpleNamespace(hidden=lambda ids, layout=None: h, head=lambda x: torch.nn.functional.linear(x, weight))
     before, start = peak()[1], time.perf_counter()
     if kind == "full":
         logits = stub.head(h)[:, :-1].flatten(0, 1)
@@ -394,12 +394,12 @@ def prefix(G=4, R=256):
             ids = batch_of(G, P, R, 2000)[1]
             packed = torch.cat((ids[:1, :P], ids[:, P:].reshape(1, -1)), 1)
 
-            def run(ids, tree):
+            def run(ids, layout):
                 mask = torch.zeros_like(ids, dtype=torch.bool)
                 mask[:, P:] = True
                 model.zero_grad()
-                model_.token_logprobs(model, ids, mask, tree=tree).sum().backward()
-            calls = dict(shared=lambda: run(packed, model_.Tree([[P] + [R] * G])),
+                model_.token_logprobs(model, ids, mask, layout=layout).sum().backward()
+            calls = dict(shared=lambda: run(packed, model_.SharedPrompt([[P] + [R] * G])),
                          rows=lambda: [run(row[None], None) for row in ids])
             t = alternate(1, **calls)
             print(shape, P, t, file=sys.stderr)

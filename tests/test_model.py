@@ -1,7 +1,9 @@
-"""model.py against transformers and peft on small random checkpoints, on the CPU; every docstring names the bug.
+"""model.py against transformers and peft on small random checkpoints, on the CPU; every docstring
+names the bug.
 
-Covered: logits, greedy text, cache, LoRA, files, tokenizers of the three layouts. Not covered: GPUs, the real weights
-(their names, shapes and counts are; so is one real 260K checkpoint, where ../shared has it).
+Covered: logits, greedy text, cache, LoRA, files, tokenizers of the three layouts. Not covered:
+GPUs, the real weights (their names, shapes and counts are; so is one real 260K checkpoint, where
+../shared has it).
 """
 import copy
 import json
@@ -14,9 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer as BPE, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Phi3Config, Qwen2Config, Qwen3Config
 
 import model as M
@@ -24,39 +29,62 @@ import model as M
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "models"
 FAMILIES = ("qwen2.5-7b", "qwen3-4b-thinking", "phi-4")
 ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>"]
-SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=320,
-             bos_token_id=256, eos_token_id=258, pad_token_id=256, rope_theta=10000.0, max_position_embeddings=512)
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 320,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+    "pad_token_id": 256,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+}
 LAYOUTS = {  # every switch of Config is on in one of them and off in another
-    "qwen2": (Qwen2Config, dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "qwen3": (Qwen3Config, dict(num_key_value_heads=1, head_dim=24, tie_word_embeddings=False, num_hidden_layers=1)),
-    "phi3": (Phi3Config, dict(num_key_value_heads=2, tie_word_embeddings=False)),
-    "qwen3-tied": (Qwen3Config, dict(num_key_value_heads=4, head_dim=16, tie_word_embeddings=True)),
-    "phi3-tied": (Phi3Config, dict(num_key_value_heads=4, tie_word_embeddings=True)),
-    "qwen2-sharded": (Qwen2Config, dict(num_key_value_heads=1, tie_word_embeddings=False)),
+    "qwen2": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"num_key_value_heads": 1, "tie_word_embeddings": False,
+                            "head_dim": 24, "num_hidden_layers": 1}),
+    "phi3": (Phi3Config, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "qwen3-tied": (Qwen3Config, {"num_key_value_heads": 4, "tie_word_embeddings": True,
+                                 "head_dim": 16}),
+    "phi3-tied": (Phi3Config, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen2-sharded": (Qwen2Config, {"num_key_value_heads": 1, "tie_word_embeddings": False}),
 }
 THREE = ("qwen2", "qwen3", "phi3")
-TARGETS = {"qwen2": ["q_proj", "v_proj", "down_proj"], "qwen3": ["k_proj", "o_proj", "gate_proj"],
-           "phi3": ["qkv_proj", "gate_up_proj"]}
+TARGETS = {
+    "qwen2": ["q_proj", "v_proj", "down_proj"],
+    "qwen3": ["k_proj", "o_proj", "gate_proj"],
+    "phi3": ["qkv_proj", "gate_up_proj"],
+}
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def write_tokenizer(path):
     bpe = BPE(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(["a small text, a text that is small <think>"] * 9, trainers.BpeTrainer(
-        vocab_size=300, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.add_special_tokens(ADDED[:3])  # as in Qwen: some control tokens are flagged special, the others are not
-    bpe.add_tokens(ADDED[3:])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, initial_alphabet=alphabet)
+    bpe.train_from_iterator(["a small text, a text that is small <think>"] * 9, trainer)
+    bpe.add_special_tokens(ADDED[:3])  # as in Qwen: some control tokens are flagged special,
+    bpe.add_tokens(ADDED[3:])  # the others are not
     bpe.save(str(path / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """{layout: (directory, the same model in transformers)}, with no weight left at 0 or 1: each one matters."""
+    """{layout: (directory, the same model in transformers)}, with no weight left at 0 or 1: each
+    one matters."""
     made = {}
     for name, (kind, extra) in LAYOUTS.items():
         path = tmp_path_factory.mktemp(name)
         torch.manual_seed(len(made))
-        hf = AutoModelForCausalLM.from_config(kind(**{**SMALL, **extra}), attn_implementation="sdpa").eval()
+        config = kind(**{**SMALL, **extra})
+        hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         with torch.no_grad():
             for p in hf.parameters():
                 p.normal_(1 if p.dim() == 1 else 0, 0.15)
@@ -74,7 +102,7 @@ def pair(request, checkpoints):
 
 
 def some_ids(B, T, seed=0):
-    return torch.randint(0, SMALL["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, SMALL["vocab_size"], (B, T), generator=seeded(seed))
 
 
 def close(a, b, tolerance=1e-5):
@@ -86,8 +114,9 @@ def edit(source, target, **changes):
     """A copy of a checkpoint with config keys changed (None: removed)."""
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
-    raw = {k: v for k, v in {**M.read_json(source / "config.json"), **changes}.items() if v is not None}
-    (target / "config.json").write_text(json.dumps(raw))
+    raw = M.read_json(source / "config.json") | changes
+    kept = {key: value for key, value in raw.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(kept))
     return target
 
 
@@ -96,9 +125,10 @@ def one_line(error, *words):
     assert "\n" not in text and all(w in text for w in words), text
 
 
-# ---------------------------------------------------------------------------------------------- the decoder
+# ------------------------------------------ the decoder ------------------------------------------
 def rounded(hf):
-    """A bf16 copy, as from_pretrained(dtype=bfloat16) makes it: inv_freq stays in fp32, which module.to() rounds."""
+    """A bf16 copy, as from_pretrained(dtype=bfloat16) makes it: inv_freq stays in fp32, which
+    module.to() rounds."""
     other = copy.deepcopy(hf)
     for module in other.modules():
         for p in module._parameters.values():
@@ -107,21 +137,38 @@ def rounded(hf):
     return other
 
 
-@pytest.mark.parametrize("shape,out,bias", [((1, 1, 512), 48, False), ((1, 1, 512), 7, False), ((1, 1, 512), 6, True),
-                                            ((2, 3, 512), 48, True), ((5, 1, 512), 6, False), ((2, 160, 24), 10, True),
-                                            ((320, 24), 10, False), ((2, 3, 24), 10, True), ((0, 512), 48, False),
-                                            ((2, 8, 512), 48, True), ((16, 512), 7, False)])
+PRODUCTS = [  # shape of x, width of the result, with a bias
+    ((1, 1, 512), 48, False),
+    ((1, 1, 512), 7, False),
+    ((1, 1, 512), 6, True),
+    ((2, 3, 512), 48, True),
+    ((5, 1, 512), 6, False),
+    ((2, 160, 24), 10, True),
+    ((320, 24), 10, False),
+    ((2, 3, 24), 10, True),
+    ((0, 512), 48, False),
+    ((2, 8, 512), 48, True),
+    ((16, 512), 7, False),
+]
+
+
+@pytest.mark.parametrize("shape,out,bias", PRODUCTS)
 def test_linear_is_the_product_by_every_way(shape, out, bias):
-    """A way that drops the bias, mixes rows of a batch up, has no gradient or one of another size: the ways are chosen
-    by the number of rows, and small models would never take those of large ones."""
-    g = torch.Generator().manual_seed(0)
-    x, w, b = (torch.randn(s, generator=g, requires_grad=True) for s in (shape, (out, shape[-1]), (out,)))
-    for given in (x, x.transpose(0, -2)):  # contiguous or not
-        grads, results = [], []
-        for f in (M.linear, torch.nn.functional.linear):
-            y = f(given, w, b if bias else None)
+    """A way that drops the bias, mixes rows of a batch up, has no gradient or one of another size:
+    the ways are chosen by the number of rows, and small models would never take those of large
+    ones."""
+    generator = seeded(0)
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    w = torch.randn((out, shape[-1]), generator=generator, requires_grad=True)
+    b = torch.randn((out,), generator=generator, requires_grad=True)
+    inputs = [x, w, b] if bias else [x, w]
+    for given_x in (x, x.transpose(0, -2)):  # contiguous or not
+        grads = []
+        results = []
+        for product in (M.linear, F.linear):
+            y = product(given_x, w, b if bias else None)
             results.append(y)
-            grads.append(torch.autograd.grad((y * y.detach().cos()).sum(), [x, w] + [b] * bias))
+            grads.append(torch.autograd.grad((y * y.detach().cos()).sum(), inputs))
         assert results[0].shape == results[1].shape
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
@@ -130,7 +177,8 @@ def test_linear_is_the_product_by_every_way(shape, out, bias):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_logits_equal_transformers(checkpoints, layout):
-    """A dropped bias, q/k norm after RoPE, wrong GQA order, interleaved rotary, gate and up swapped, head_dim = C/H."""
+    """A dropped bias, q/k norm after RoPE, wrong GQA order, interleaved rotary, gate and up
+    swapped, head_dim = C/H."""
     path, hf = checkpoints[layout]
     model, _ = M.load(path, "cpu")
     assert len(list(path.glob("*.safetensors"))) > 1 or not layout.endswith("sharded")
@@ -139,8 +187,9 @@ def test_logits_equal_transformers(checkpoints, layout):
 
 
 @torch.no_grad()
-def test_bfloat16_rounds_where_transformers_rounds(pair, tmp_path):
-    """RMSNorm's weight applied in fp32, cos/sin kept in fp32, or inv_freq rounded by a cast: logits move by 0.05."""
+def test_bfloat16_rounds_where_transformers_rounds(pair):
+    """RMSNorm's weight applied in fp32, cos/sin kept in fp32, or inv_freq rounded by a cast: logits
+    move by 0.05."""
     model, hf, path = pair
     ids = some_ids(2, 33)
     want = rounded(hf)(ids).logits
@@ -151,7 +200,8 @@ def test_bfloat16_rounds_where_transformers_rounds(pair, tmp_path):
 @torch.no_grad()
 def greedy(model, ids, n):
     cache = M.Cache(model.config, len(ids), ids.shape[1] + n, dtype=model.dtype)
-    out, step = [], ids
+    out = []
+    step = ids
     for _ in range(n):
         step = model(step, cache)[:, -1:].argmax(-1)
         out.append(step)
@@ -164,78 +214,99 @@ def test_greedy_64_tokens_equal_generate(pair):
     ids = some_ids(2, 7)
     hf = copy.deepcopy(hf)
     hf.generation_config.eos_token_id = None
-    want = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)[:, 7:]
+    everywhere = torch.ones_like(ids)
+    want = hf.generate(ids, attention_mask=everywhere, max_new_tokens=64, do_sample=False)[:, 7:]
     assert torch.equal(greedy(model, ids, 64), want)
 
 
 @torch.no_grad()
 def test_position_32k_equals_transformers(pair):
-    """Angles computed in bf16, or positions rounded, are right at position 9 and wrong at 32,760."""
+    """Angles computed in bf16, or positions rounded, are right at position 9 and wrong at
+    32,760."""
     model, hf, _ = pair
-    ids, at = some_ids(1, 9), torch.arange(32760, 32769)[None]
+    ids = some_ids(1, 9)
+    far = torch.arange(32760, 32769)[None]
 
     class Far(M.Cache):
-        def begin(self, *given):
-            return super().begin(*given) + 32760
-    close(model(ids, Far(model.config, 1, 9)), hf(ids, position_ids=at).logits)
-    want = rounded(hf)(ids, position_ids=at).logits
-    close(model.to(torch.bfloat16)(ids, Far(model.config, 1, 9, dtype=torch.bfloat16)), want, 0)
+        def begin(self, *arguments):
+            positions, mask = super().begin(*arguments)
+            return positions + 32760, mask
+    close(model(ids, Far(model.config, 1, 9)), hf(ids, position_ids=far).logits)
+    want = rounded(hf)(ids, position_ids=far).logits
+    cache = Far(model.config, 1, 9, dtype=torch.bfloat16)
+    close(model.to(torch.bfloat16)(ids, cache), want, 0)
 
 
-# ---------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------- the cache -------------------------------------------
 @torch.no_grad()
 def test_cached_equals_uncached_with_a_tool_result_mid_decode(pair):
-    """is_causal=True on a chunk behind a cache aligns the triangle to the upper left: the chunk sees no prompt."""
-    model, ids = pair[0], some_ids(3, 40)
-    cache, out, i = M.Cache(model.config, 3, 40), [], 0
-    for T in (17, 1, 1, 1, 5, 1, 1, 13):
-        out.append(model(ids[:, i:i + T], cache))
-        i += T
+    """is_causal=True on a chunk behind a cache aligns the triangle to the upper left: the chunk
+    sees no prompt."""
+    model = pair[0]
+    ids = some_ids(3, 40)
+    cache = M.Cache(model.config, 3, 40)
+    out = []
+    for chunk in ids.split((17, 1, 1, 1, 5, 1, 1, 13), 1):
+        out.append(model(chunk, cache))
     assert cache.bound == 40 and cache.lengths.tolist() == [40] * 3
     close(torch.cat(out, 1), model(ids))
 
 
 @torch.no_grad()
 def test_attention_takes_the_layout_of_any_kernel(pair, monkeypatch):
-    """CUDA's memory-efficient attention leaves heads inside of positions: a view of that ended cached decoding."""
-    model, kernel = pair[0], torch.nn.functional.scaled_dot_product_attention
+    """CUDA's memory-efficient attention leaves heads inside of positions: a view of that ended
+    cached decoding."""
+    model = pair[0]
+    kernel = F.scaled_dot_product_attention
     ids = some_ids(2, 8)
     expected = model(ids)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *given, **more: kernel(
-        *given, **more).transpose(1, 2).contiguous().transpose(1, 2))
+
+    def heads_inside(*arguments, **options):
+        return kernel(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", heads_inside)
     cache = M.Cache(model.config, 2, 16, dtype=model.dtype)
-    close(torch.cat([model(part, cache) for part in ids.split(4, 1)], 1), expected)
+    close(torch.cat([model(chunk, cache) for chunk in ids.split(4, 1)], 1), expected)
 
 
 @torch.no_grad()
 def test_ragged_rows_equal_each_row_alone(pair):
-    """Padding that is attended to, or positions counted over the padding; then a decode step and a ragged append."""
-    model, n = pair[0], torch.tensor([3, 11, 7])
-    ids, more = some_ids(3, 11), some_ids(3, 5, 1)
+    """Padding that is attended to, or positions counted over the padding; then a decode step and a
+    ragged append."""
+    model = pair[0]
+    firsts = [3, 11, 7]
+    lasts = [4, 0, 2]
+    ids = some_ids(3, 11)
+    more = some_ids(3, 5, 1)
     cache = M.Cache(model.config, 3, 20)
-    got = [model(ids, cache, lengths=n), model(more[:, :1], cache), model(more[:, 1:], cache, torch.tensor([4, 0, 2]))]
+    prompt = model(ids, cache, lengths=torch.tensor(firsts))
+    step = model(more[:, :1], cache)
+    appended = model(more[:, 1:], cache, torch.tensor(lasts))
     plain = model(ids)
-    for b, (first, last) in enumerate(zip(n.tolist(), (4, 0, 2))):
+    for b, (first, last) in enumerate(zip(firsts, lasts)):
         row = torch.cat((ids[b, :first], more[b, :1 + last]))[None]
         want = model(row)[0]
-        close(got[0][b, :first], want[:first])
+        close(prompt[b, :first], want[:first])
         close(plain[b, :first], want[:first])
-        close(torch.cat((got[1][b], got[2][b, :last])), want[first:])
+        close(torch.cat((step[b], appended[b, :last])), want[first:])
     assert cache.lengths.tolist() == [8, 12, 10]
 
 
 @torch.no_grad()
 def test_waiting_rows_are_untouched_even_when_full(pair):
-    """A row that waits (length 0) has garbage written past its end; at the end of the slab there is no such place."""
-    model, ids = pair[0], some_ids(2, 12)
+    """A row that waits (length 0) has garbage written past its end; at the end of the slab there is
+    no such place."""
+    model = pair[0]
+    ids = some_ids(2, 12)
     cache = M.Cache(model.config, 2, 12)
     model(ids[:, :8], cache)
     model(ids[:, 8:], cache, torch.tensor([4, 0]))  # row 0 is full now, and waits
-    full = cache.k[:, 0, :, :12].clone(), cache.v[:, 0, :, :12].clone()
+    full_k = cache.k[:, 0, :, :12].clone()
+    full_v = cache.v[:, 0, :, :12].clone()
     model(ids[:, 8:10], cache, torch.tensor([0, 2]))
     got = model(ids[:, 10:11], cache, torch.tensor([0, 1]))
     assert cache.lengths.tolist() == [12, 11]
-    assert torch.equal(full[0], cache.k[:, 0, :, :12]) and torch.equal(full[1], cache.v[:, 0, :, :12])
+    assert torch.equal(full_k, cache.k[:, 0, :, :12])
+    assert torch.equal(full_v, cache.v[:, 0, :, :12])
     close(got[1, 0], model(ids)[1, 10])
     with pytest.raises(AssertionError, match="cache of 12"):
         model(ids[:, :1], cache)
@@ -243,8 +314,10 @@ def test_waiting_rows_are_untouched_even_when_full(pair):
 
 @torch.no_grad()
 def test_rows_given_by_index_are_the_rows_written(pair):
-    """New tasks enter a batch that is decoding: their prompt must land in their rows and disturb no other."""
-    model, ids = pair[0], some_ids(3, 10)
+    """New tasks enter a batch that is decoding: their prompt must land in their rows and disturb no
+    other."""
+    model = pair[0]
+    ids = some_ids(3, 10)
     cache = M.Cache(model.config, 4, 16)
     model(ids[:1, :6], cache)
     model(ids[1:, :6], cache, lengths=torch.tensor([6, 4]), rows=torch.tensor([3, 1]))
@@ -257,9 +330,12 @@ def test_rows_given_by_index_are_the_rows_written(pair):
 
 @torch.no_grad()
 def test_copy_forks_a_prompt_and_moves_rows(pair):
-    """A fork that shares storage with its source, or forgets the length, mixes the group's rollouts."""
-    model, ids = pair[0], some_ids(1, 9)
-    small, cache = M.Cache(model.config, 1, 9), M.Cache(model.config, 3, 30)
+    """A fork that shares storage with its source, or forgets the length, mixes the group's
+    rollouts."""
+    model = pair[0]
+    ids = some_ids(1, 9)
+    small = M.Cache(model.config, 1, 9)
+    cache = M.Cache(model.config, 3, 30)
     model(ids, small)
     cache.copy(0, [0, 1, 2], small)
     tails = some_ids(3, 6, 2)
@@ -279,86 +355,116 @@ def test_cache_refuses_to_record_gradients(pair):
         pair[0](some_ids(1, 2), M.Cache(pair[0].config, 1, 8))
 
 
-# ---------------------------------------------------------------------------------------------- log-probabilities
+# --------------------------------------- log-probabilities ---------------------------------------
 def test_chunked_logprobs_equal_full_logits_in_value_and_gradient(pair):
-    """Off-by-one targets, a chunk dropped at the edge, temperature after the constraint, a recompute that differs."""
-    model, ids = pair[0], some_ids(3, 20)
-    M.add_lora(model, 4, 8, generator=torch.Generator().manual_seed(0))
+    """Off-by-one targets, a chunk dropped at the edge, temperature after the constraint, a
+    recompute that differs."""
+    model = pair[0]
+    ids = some_ids(3, 20)
+    M.add_lora(model, 4, 8, generator=seeded(0))
     for m in M.lora_layers(model).values():
-        torch.nn.init.normal_(m.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
-    mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(2)) < 0.6
+        torch.nn.init.normal_(m.lora_B, std=0.1, generator=seeded(1))
+    mask = torch.rand(3, 20, generator=seeded(2)) < 0.6
     mask[:, 0] = False
-    allowed = torch.rand(int(mask.sum()), SMALL["vocab_size"], generator=torch.Generator().manual_seed(3)) < 0.5
-    allowed[torch.arange(len(allowed)), ids[mask]] = True
-    weight = torch.randn(len(allowed), generator=torch.Generator().manual_seed(4))
-    full = (model(ids)[:, :-1].float() / 0.7)[mask[:, 1:]].masked_fill(~allowed, -math.inf).log_softmax(-1)
+    n = int(mask.sum())
+    allowed = torch.rand(n, SMALL["vocab_size"], generator=seeded(3)) < 0.5
+    allowed[torch.arange(n), ids[mask]] = True
+    weight = torch.randn(n, generator=seeded(4))
+
+    def constrain(logits, index):
+        return logits.masked_fill(~allowed[index], -math.inf)
+
+    logits = (model(ids)[:, :-1].float() / 0.7)[mask[:, 1:]]
+    full = logits.masked_fill(~allowed, -math.inf).log_softmax(-1)
     want = full.gather(-1, ids[mask][:, None])[:, 0]
     trained = list(M.adapter_state(model).values())
     gradient = torch.autograd.grad((want * weight).sum(), trained)
     for chunk, recompute in ((7, False), (1000, True)):
         model.recompute = recompute
-        got = M.token_logprobs(model, ids, mask, 0.7, lambda x, i: x.masked_fill(~allowed[i], -math.inf), chunk)
+        got = M.token_logprobs(model, ids, mask, 0.7, constrain, chunk)
         close(got, want)
         for a, b in zip(torch.autograd.grad((got * weight).sum(), trained), gradient):
             close(a, b)
     with torch.no_grad():
-        close(M.token_logprobs(model, ids, mask, 0.7, lambda x, i: x.masked_fill(~allowed[i], -math.inf), 7), want)
-    M.token_logprobs(model, ids, torch.zeros_like(mask)).sum().backward()  # a micro-batch without loss tokens
+        close(M.token_logprobs(model, ids, mask, 0.7, constrain, 7), want)
+    nothing = torch.zeros_like(mask)  # a micro-batch without loss tokens
+    M.token_logprobs(model, ids, nothing).sum().backward()
     with pytest.raises(AssertionError, match="first token"):
         M.token_logprobs(model, ids, torch.ones_like(mask))
 
 
-# ---------------------------------------------------------------------------------------------- LoRA
+# --------------------------------------------- LoRA ----------------------------------------------
 def perturbed(model, targets, seed=0):
-    M.add_lora(model, 4, 8, targets, torch.Generator().manual_seed(seed))
+    M.add_lora(model, 4, 8, targets, seeded(seed))
     for i, m in enumerate(M.lora_layers(model).values()):
-        torch.nn.init.normal_(m.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
+        torch.nn.init.normal_(m.lora_B, std=0.1, generator=seeded(i))
     return model
+
+
+def logprobs_and_gradients(model, rows, spans, weights, layout=None):
+    """Of the tokens start <= t < end of each row; spans: (start, end) of each row."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, True)
+    t = torch.arange(ids.shape[1])
+    starts = torch.tensor([start for start, _ in spans])[:, None]
+    ends = torch.tensor([end for _, end in spans])[:, None]
+    logprobs = M.token_logprobs(model, ids, (t >= starts) & (t < ends), layout=layout)
+    (logprobs * weights).sum().backward()
+    gradients = [p.grad.clone() for p in M.adapter_state(model).values()]
+    model.zero_grad()
+    return [logprobs.detach(), *gradients]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_shared_prompt_equals_replicated_rows(pair, recompute):
-    """Positions that go on after the last completion, a completion that sees its neighbour, a first token that is
-    predicted by its neighbour's last one, padding between the parts: all is as in separate rows."""
+    """Positions that go on after the last completion, a completion that sees its neighbour, a first
+    token that is predicted by its neighbour's last one, padding between the pieces: all is as in
+    separate rows."""
     model = pair[0]
     model.recompute = recompute
-    M.add_lora(model, 4, 8, generator=torch.Generator().manual_seed(1))
+    M.add_lora(model, 4, 8, generator=seeded(1))
     for p in M.adapter_state(model).values():
-        torch.nn.init.normal_(p, 0, 0.1, torch.Generator().manual_seed(p.numel()))
-    parts, groups, rows = [[9, 5, 1, 7], [4, 6]], [], []
-    for row, (P, *R) in enumerate(parts):
-        prompt, *ends = (some_ids(1, n, 10 * row + n)[0] for n in (P, *R))
-        groups.append(torch.cat([prompt, *ends]))
-        rows += [(torch.cat([prompt, end]), P) for end in ends]
-    weights, results = torch.randn(19, generator=torch.Generator().manual_seed(0)), []
-    for shared in (False, True):
-        ids = torch.nn.utils.rnn.pad_sequence(groups if shared else [ids for ids, _ in rows], True)
-        starts, ends = zip(*[(row[0], sum(row)) for row in parts] if shared else [(P, len(ids)) for ids, P in rows])
-        at = torch.arange(ids.shape[1])
-        mask = (at >= torch.tensor(starts)[:, None]) & (at < torch.tensor(ends)[:, None])
-        lp = M.token_logprobs(model, ids, mask, tree=M.Tree(parts) if shared else None)
-        (lp * weights).sum().backward()
-        results.append((lp.detach(), *(p.grad.clone() for p in M.adapter_state(model).values())))
-        model.zero_grad()
-    for separate, together in zip(*results):
-        close(together, separate, 1e-5 * max(1, separate.abs().max().item()))
+        torch.nn.init.normal_(p, 0, 0.1, seeded(p.numel()))
+
+    lengths = [[9, 5, 1, 7], [4, 6]]
+    shared = []
+    shared_spans = []
+    separate = []
+    separate_spans = []
+    for i, row in enumerate(lengths):
+        prompt, *completions = [some_ids(1, n, 10 * i + n)[0] for n in row]
+        shared.append(torch.cat([prompt, *completions]))
+        shared_spans.append((row[0], sum(row)))
+        for completion in completions:
+            separate.append(torch.cat([prompt, completion]))
+            separate_spans.append((row[0], row[0] + len(completion)))
+
+    weights = torch.randn(19, generator=seeded(0))
+    layout = M.SharedPrompt(lengths)
+    want = logprobs_and_gradients(model, separate, separate_spans, weights)
+    found = logprobs_and_gradients(model, shared, shared_spans, weights, layout)
+    for a, b in zip(found, want):
+        close(a, b, 1e-5 * max(1, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_starts_as_the_base_trains_alone_and_switches_off(pair, dtype):
-    """A reference policy that is not the base exactly, a base that trains along, an adapter left off after an error."""
+    """A reference policy that is not the base exactly, a base that trains along, an adapter left
+    off after an error."""
     _, hf, path = pair
-    model, ids = M.load(path, "cpu", dtype)[0], some_ids(2, 9)
+    model = M.load(path, "cpu", dtype)[0]
+    ids = some_ids(2, 9)
     names = set(model.state_dict())
     base = model(ids).detach()
     M.add_lora(model, 4, 8, TARGETS[hf.config.model_type])
     assert torch.equal(model(ids), base)
     assert {n for n in model.state_dict() if "lora_" not in n} == names
+
     model(ids).float().square().sum().backward()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in model.named_parameters() if p.grad is not None}
     assert trained and all(n.rsplit(".", 1)[1] in ("lora_A", "lora_B") for n in trained)
     assert all(p.dtype == torch.float32 for p in M.adapter_state(model).values())
+
     with torch.no_grad():
         for m in M.lora_layers(model).values():
             m.lora_B.normal_(std=0.1)
@@ -371,16 +477,18 @@ def test_lora_starts_as_the_base_trains_alone_and_switches_off(pair, dtype):
     model.set_adapter_scale(1)
     assert torch.equal(model(ids), changed)
     model.set_adapter_scale(0.5)
-    assert not torch.equal(model(ids), changed) and not torch.equal(model(ids), base)
+    assert not torch.equal(model(ids), changed)
+    assert not torch.equal(model(ids), base)
 
 
 def test_lora_init_depends_on_its_generator_alone(checkpoints):
-    """Init from the global generator: a resumed or differently ordered run starts from another adapter."""
+    """Init from the global generator: a resumed or differently ordered run starts from another
+    adapter."""
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(len(states))
         model = M.load(checkpoints["qwen2"][0], "cpu")[0]
-        M.add_lora(model, 4, 8, ["q_proj"], torch.Generator().manual_seed(seed))
+        M.add_lora(model, 4, 8, ["q_proj"], seeded(seed))
         states.append(M.adapter_state(model))
     first = next(iter(states[0]))
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
@@ -390,7 +498,8 @@ def test_lora_init_depends_on_its_generator_alone(checkpoints):
 
 @torch.no_grad()
 def test_merged_equals_unmerged_and_opens_in_transformers(pair, tmp_path):
-    """A merge that forgets the scale, transposes B A, or a saved file whose names transformers does not know."""
+    """A merge that forgets the scale, transposes B A, or a saved file whose names transformers does
+    not know."""
     model, _, path = pair
     ids = some_ids(2, 15)
     want = perturbed(model, None)(ids)
@@ -399,7 +508,8 @@ def test_merged_equals_unmerged_and_opens_in_transformers(pair, tmp_path):
     close(M.merge_lora(model)(ids), want)
     (tmp_path / "model.safetensors.index.json").write_text("{}")  # left over from a sharded save
     M.save_pretrained(model, tmp_path, path)
-    close(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits, want)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    close(opened(ids).logits, want)
     again, tokenizer = M.load(tmp_path, "cpu")
     assert torch.equal(again(ids), model(ids)) and tokenizer.added.keys() == set(ADDED)
     assert not list(tmp_path.glob("*.partial"))
@@ -409,21 +519,27 @@ def test_merged_equals_unmerged_and_opens_in_transformers(pair, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_our_adapter_in_peft_and_peft_s_in_ours(pair, dtype, tmp_path):
-    """Wrong key prefix, A and B swapped, alpha lost, fp32 saved as bf16: difference 0 in both directions."""
+    """Wrong key prefix, A and B swapped, alpha lost, fp32 saved as bf16: difference 0 in both
+    directions."""
     from peft import LoraConfig, PeftModel, get_peft_model
     _, hf, path = pair
-    ids, targets = some_ids(2, 12), TARGETS[hf.config.model_type]
-    model = perturbed(M.load(path, "cpu", dtype)[0], targets)
+    ids = some_ids(2, 12)
+    named = TARGETS[hf.config.model_type]
+    model = perturbed(M.load(path, "cpu", dtype)[0], named)
     M.save_adapter(model, tmp_path / "ours", "base")
     saved = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    assert all(n.endswith(("lora_A.weight", "lora_B.weight")) and t.dtype == torch.float32 for n, t in saved.items())
+    for name, tensor in saved.items():
+        assert name.endswith(("lora_A.weight", "lora_B.weight"))
+        assert tensor.dtype == torch.float32
     base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     theirs = PeftModel.from_pretrained(base, tmp_path / "ours")
     assert torch.equal(theirs(ids).logits, model(ids))
-    for targets in (targets, "all-linear"):  # all-linear saves full module paths as target_modules
+
+    for targets in (named, "all-linear"):  # all-linear saves full module paths as target_modules
         base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False,
-                                                 task_type="CAUSAL_LM"))
+        config = LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False,
+                            task_type="CAUSAL_LM")
+        theirs = get_peft_model(base, config)
         theirs.save_pretrained(tmp_path / "theirs")
         model = M.load(path, "cpu", dtype)[0]
         M.load_adapter(model, tmp_path / "theirs")
@@ -436,20 +552,32 @@ def test_our_adapter_in_peft_and_peft_s_in_ours(pair, dtype, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_training_keeps_no_product_of_gate_and_up_and_its_gradients_are_peft_s(pair, tmp_path):
-    """A block that keeps silu(gate) and its product with up for the backward pass (a third of its memory); one that
-    makes them again and gives other gradients."""
+    """A block that keeps silu(gate) and its product with up for the backward pass (a third of its
+    memory); one that makes them again and gives other gradients."""
     from peft import PeftModel
     _, hf, path = pair
-    ids, kept, wide = some_ids(2, 9), [], (2, 9, hf.config.intermediate_size)
+    ids = some_ids(2, 9)
     model = perturbed(M.load(path, "cpu")[0], None)
     M.save_adapter(model, tmp_path, "base")
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path, is_trainable=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+    base = AutoModelForCausalLM.from_pretrained(path)
+    theirs = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.shape)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(ids).square().mean()
+    wide = (2, 9, hf.config.intermediate_size)
     assert kept.count(wide) == 2 * hf.config.num_hidden_layers  # gate and up
+
     loss.backward()
     theirs(ids).logits.square().mean().backward()
-    expected = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    expected = {}
+    for name, p in theirs.named_parameters():
+        if p.requires_grad:
+            expected[name.replace(".default", "")] = p.grad
     assert expected.keys() == M.adapter_state(model).keys()
     for name, p in M.adapter_state(model).items():
         close(p.grad, expected[name], 1e-5 * max(1, expected[name].abs().max().item()))
@@ -459,7 +587,8 @@ def test_adapter_faults_are_named(checkpoints, tmp_path):
     """An adapter of another model or kind loaded without a word gives a model that is neither."""
     path, _ = checkpoints["qwen2"]
     M.save_adapter(perturbed(M.load(path, "cpu")[0], ["q_proj"]), tmp_path, "base")
-    raw, state = M.read_json(tmp_path / "adapter_config.json"), load_file(tmp_path / "adapter_model.safetensors")
+    raw = M.read_json(tmp_path / "adapter_config.json")
+    state = load_file(tmp_path / "adapter_model.safetensors")
     first = next(iter(state))
 
     def fault(change, tensors, *words):
@@ -468,16 +597,23 @@ def test_adapter_faults_are_named(checkpoints, tmp_path):
         with pytest.raises(ValueError) as error:
             M.load_adapter(M.load(path, "cpu")[0], tmp_path)
         one_line(error, *words)
+
+    cut = dict(state)
+    for name, tensor in state.items():
+        if "lora_B" in name:
+            cut[name] = tensor[:, :2].contiguous()
+    head = torch.ones(1)
     fault({"r": 5}, state, "lora_A", "[4, 64]", "[5, 64]")
-    fault({}, {n: t[:, :2].contiguous() if "lora_B" in n else t for n, t in state.items()}, "lora_B", "[64, 2]")
+    fault({}, cut, "lora_B", "[64, 2]")
     fault({"target_modules": ["qkv_proj"]}, state, "qkv_proj", "q_proj")
     fault({"target_modules": ["q_proj", "v_proj"]}, state, "missing", "v_proj.lora_A")
     fault({"use_rslora": True}, state, "use_rslora")
     fault({"target_modules": ".*q_proj"}, state, "target_modules")
     fault({"lora_alpha": None}, state, "lora_alpha")
-    fault({}, {**state, "base_model.model.lm_head.weight": torch.ones(1)}, "unexpected", "lm_head")
+    fault({}, {**state, "base_model.model.lm_head.weight": head}, "unexpected", "lm_head")
     fault({}, {**state, first: state[first] / 0}, first, "infinite")
     fault({}, {**state, first: state[first][:, :-1].contiguous()}, first, "[4, 63]")
+
     model = perturbed(M.load(path, "cpu")[0], ["q_proj"])
     M.write_json(tmp_path / "adapter_config.json", raw)
     with pytest.raises(ValueError, match="without an adapter"):
@@ -488,52 +624,93 @@ def test_adapter_faults_are_named(checkpoints, tmp_path):
         M.load_adapter(model, tmp_path / "nowhere")
 
 
-# ---------------------------------------------------------------------------------------------- files
-def test_names_and_shapes_of_the_true_checkpoints():
-    """A renamed module or a wrong width shows only when 15 GB have been downloaded. On meta: no weights needed."""
-    table = {  # type, C, intermediate, L, H, K, D, V, tied, parameters as published
-        "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, None, 152064, False, 7_615_616_512),
-        "qwen3-4b-thinking": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True, 4_022_468_096),
-        "phi-4": ("phi3", 5120, 17920, 40, 40, 10, None, 100352, False, 14_659_507_200),
-        "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, None, 151936, True, 494_032_768),
-        "qwen3-0.6b": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True, 596_049_920)}
-    for name, (kind, C, I, L, H, K, D, V, tied, count) in table.items():
-        raw = dict(model_type=kind, hidden_size=C, intermediate_size=I, num_hidden_layers=L, num_attention_heads=H,
-                   num_key_value_heads=K, head_dim=D, vocab_size=V, tie_word_embeddings=tied, rope_theta=1e6,
-                   rms_norm_eps=1e-6, hidden_act="silu", max_position_embeddings=32768, torch_dtype="bfloat16")
-        path = SHARED / name
-        with torch.device("meta"):
-            model = M.Transformer(M.Config(M.read_json(path / "config.json") if path.is_dir() else raw))
-        assert sum(p.numel() for p in model.parameters()) == count, name
-        if path.is_dir():
-            shapes = {n: list(p.shape) for n, p in model.state_dict().items()}
-            assert shapes == M.read_json(path / "tensors.json")["tensors"], name
-        else:
-            print(f"{name}: counted only, {path} is not there")
+# --------------------------------------------- files ---------------------------------------------
+PUBLISHED = {  # type, C, intermediate, L, H, K, D, V, tied, parameters as published
+    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, None, 152064, False, 7_615_616_512),
+    "qwen3-4b-thinking": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True, 4_022_468_096),
+    "phi-4": ("phi3", 5120, 17920, 40, 40, 10, None, 100352, False, 14_659_507_200),
+    "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, None, 151936, True, 494_032_768),
+    "qwen3-0.6b": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True, 596_049_920),
+}
 
 
-def test_both_config_dialects_and_what_is_refused(checkpoints, tmp_path):
-    """A rope_theta read as its default, yarn or a live sliding window ignored: fluent output, wrong numbers."""
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_and_shapes_of_the_true_checkpoints(name):
+    """A renamed module or a wrong width shows only when 15 GB have been downloaded. On meta: no
+    weights needed."""
+    kind, C, inner, L, H, K, D, V, tied, count = PUBLISHED[name]
+    path = SHARED / name
+    if path.is_dir():
+        raw = M.read_json(path / "config.json")
+    else:
+        raw = {
+            "model_type": kind,
+            "hidden_size": C,
+            "intermediate_size": inner,
+            "num_hidden_layers": L,
+            "num_attention_heads": H,
+            "num_key_value_heads": K,
+            "head_dim": D,
+            "vocab_size": V,
+            "tie_word_embeddings": tied,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "torch_dtype": "bfloat16",
+        }
+    with torch.device("meta"):
+        model = M.Transformer(M.Config(raw))
+    assert sum(p.numel() for p in model.parameters()) == count, name
+    if path.is_dir():
+        shapes = {n: list(p.shape) for n, p in model.state_dict().items()}
+        assert shapes == M.read_json(path / "tensors.json")["tensors"], name
+    else:
+        print(f"{name}: counted only, {path} is not there")
+
+
+REQUIRED = ("hidden_size", "num_key_value_heads", "rms_norm_eps", "rope_theta",
+            "tie_word_embeddings", "vocab_size", "model_type", "torch_dtype", "hidden_act",
+            "max_position_embeddings")
+REFUSED = [  # a change of config.json, and a word of the message
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn"),
+    ({"rope_scaling": {"type": "longrope"}}, "longrope"),
+    ({"rope_scaling": "x"}, "rope"),
+    ({"use_sliding_window": True}, "sliding"),
+    ({"model_type": "llama"}, "llama"),
+    ({"layer_types": ["sliding_attention"]}, "sliding"),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"hidden_size": "64"}, "hidden_size"),
+    ({"hidden_size": True}, "hidden_size"),
+    ({"num_key_value_heads": 3}, "divide"),
+    ({"torch_dtype": "int8"}, "int8"),
+    ({"vocab_size": -1}, "vocab_size"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary"),
+    ({"hidden_size": 66}, "divide"),
+]
+
+
+def test_both_config_dialects_and_what_is_refused(checkpoints):
+    """A rope_theta read as its default, yarn or a live sliding window ignored: fluent output, wrong
+    numbers."""
     raw = M.read_json(checkpoints["qwen2"][0] / "config.json")
-    hub = {k: v for k, v in raw.items() if k not in ("rope_parameters", "dtype", "layer_types")}
+    hub = dict(raw)
+    for key in ("rope_parameters", "dtype", "layer_types"):
+        hub.pop(key, None)
     hub |= {"rope_theta": 5e6, "torch_dtype": "bfloat16", "rope_scaling": None}
     config = M.Config(hub)
-    assert (config.rope_theta, config.dtype, config.head_dim) == (5e6, torch.bfloat16, 16)
-    assert M.Config({**raw, "mosaic_family": "tiny"}).family == "tiny" and M.Config(raw).family == "qwen2.5"
-    for key in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "vocab_size",
-                "model_type", "torch_dtype", "hidden_act", "max_position_embeddings"):
+    assert config.rope_theta == 5e6
+    assert config.dtype == torch.bfloat16
+    assert config.head_dim == 16
+    assert M.Config({**raw, "mosaic_family": "tiny"}).family == "tiny"
+    assert M.Config(raw).family == "qwen2.5"
+    for key in REQUIRED:
+        without = {k: v for k, v in hub.items() if k != key}
         with pytest.raises(ValueError, match=f"missing key '{key}'"):
-            M.Config({k: v for k, v in hub.items() if k != key})
-    for change, word in (({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn"),
-                         ({"rope_scaling": {"type": "longrope"}}, "longrope"), ({"rope_scaling": "x"}, "rope"),
-                         ({"use_sliding_window": True}, "sliding"), ({"model_type": "llama"}, "llama"),
-                         ({"layer_types": ["sliding_attention"]}, "sliding"), ({"hidden_act": "gelu"}, "hidden_act"),
-                         ({"attention_bias": True}, "attention_bias"), ({"hidden_size": "64"}, "hidden_size"),
-                         ({"hidden_size": True}, "hidden_size"), ({"num_key_value_heads": 3}, "divide"),
-                         ({"torch_dtype": "int8"}, "int8"), ({"vocab_size": -1}, "vocab_size"),
-                         ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
-                         ({"partial_rotary_factor": 0.5}, "partial_rotary"),
-                         ({"hidden_size": 66}, "divide")):
+            M.Config(without)
+    for change, word in REFUSED:
         with pytest.raises(ValueError) as error:
             M.Config({**hub, **change})
         one_line(error, word)
@@ -543,76 +720,102 @@ def test_both_config_dialects_and_what_is_refused(checkpoints, tmp_path):
 
 
 def test_redundant_head_of_a_tied_model_is_ignored(checkpoints, tmp_path):
-    """Qwen3-0.6B and 1.7B store lm_head.weight although tied: not an extra tensor, and not the head."""
+    """Qwen3-0.6B and 1.7B store lm_head.weight although tied: not an extra tensor, and not the
+    head."""
     path, hf = checkpoints["qwen3-tied"]
     edit(path, tmp_path)
-    save_file({**load_file(path / "model.safetensors"), "lm_head.weight": torch.zeros(320, 64)},
-              tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros(320, 64)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
         close(M.load(tmp_path, "cpu")[0](some_ids(1, 5)), hf(some_ids(1, 5)).logits)
 
 
-def test_broken_checkpoints_are_named(checkpoints, tmp_path):
-    """A missing tensor quietly left random, half a download, NaN weights: fluent nonsense hours later."""
-    path, state = checkpoints["qwen2"][0], load_file(checkpoints["qwen2"][0] / "model.safetensors")
+def load_fails(path, *words):
+    with pytest.raises(ValueError) as error:
+        M.load(path, "cpu")
+    one_line(error, *words)
+
+
+def test_broken_weights_are_named(checkpoints, tmp_path):
+    """A missing tensor quietly left random, half a download, NaN weights: fluent nonsense hours
+    later."""
+    path = checkpoints["qwen2"][0]
+    state = load_file(path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
+    tensor = state[name]
     edit(path, tmp_path)
     file = tmp_path / "model.safetensors"
-
-    def fault(*words):
-        with pytest.raises(ValueError) as error:
-            M.load(tmp_path, "cpu")
-        one_line(error, *words)
     file.write_bytes((path / "model.safetensors").read_bytes()[:-9])
-    fault("model.safetensors", "whole")
+    load_fails(tmp_path, "model.safetensors", "whole")
     file.write_bytes(b"")
-    fault("model.safetensors", "whole")
-    for tensors, words in (({k: v for k, v in state.items() if k != name}, ("missing", name)),
-                           ({**state, "model.extra": torch.ones(2)}, ("unexpected", "model.extra")),
-                           ({**state, "lm_head.bias": torch.ones(2)}, ("unexpected", "lm_head.bias")),
-                           ({**state, name: state[name].T.contiguous()}, (name, "[64, 96]", "[96, 64]")),
-                           ({**state, name: state[name].index_fill(0, torch.tensor(3), math.nan)}, (name, "NaN")),
-                           ({**state, name: state[name] * math.inf}, (name, "infinite"))):
+    load_fails(tmp_path, "model.safetensors", "whole")
+
+    without = {k: v for k, v in state.items() if k != name}
+    one_nan = tensor.index_fill(0, torch.tensor(3), math.nan)
+    broken = [
+        (without, ("missing", name)),
+        ({**state, "model.extra": torch.ones(2)}, ("unexpected", "model.extra")),
+        ({**state, "lm_head.bias": torch.ones(2)}, ("unexpected", "lm_head.bias")),
+        ({**state, name: tensor.T.contiguous()}, (name, "[64, 96]", "[96, 64]")),
+        ({**state, name: one_nan}, (name, "NaN")),
+        ({**state, name: tensor * math.inf}, (name, "infinite")),
+    ]
+    for tensors, words in broken:
         save_file(tensors, file)
-        fault(*words)
+        load_fails(tmp_path, *words)
     file.unlink()
-    fault("*.safetensors")
+    load_fails(tmp_path, "*.safetensors")
+
+
+def test_broken_shards_and_files_are_named(checkpoints, tmp_path):
+    """A shard in another's place, an index without its file, a file cut short: said in one line
+    that names it."""
+    edit(checkpoints["qwen2"][0], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     for shard in sorted(checkpoints["qwen2-sharded"][0].glob("*")):
         (tmp_path / shard.name).write_bytes(shard.read_bytes())
     first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
     lost = sorted(load_file(second))
     second.write_bytes(first.read_bytes())  # a shard in another's place
-    fault("missing", lost[0])
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "shard-9.safetensors"}}))
-    fault("shard-9.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    fault("index.json", "weight_map")
+    load_fails(tmp_path, "missing", lost[0])
+    index = tmp_path / "model.safetensors.index.json"
+    name = "model.layers.1.mlp.up_proj.weight"
+    index.write_text(json.dumps({"weight_map": {name: "shard-9.safetensors"}}))
+    load_fails(tmp_path, "shard-9.safetensors")
+    index.write_text("{}")
+    load_fails(tmp_path, "index.json", "weight_map")
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
-    fault("tokenizer.json")
+    load_fails(tmp_path, "tokenizer.json")
     (tmp_path / "tokenizer.json").unlink()
-    fault("tokenizer.json")
+    load_fails(tmp_path, "tokenizer.json")
     (tmp_path / "config.json").write_text("{")
-    fault("config.json", "JSON")
+    load_fails(tmp_path, "config.json", "JSON")
     (tmp_path / "config.json").write_text("[]")
-    fault("config.json", "object")
+    load_fails(tmp_path, "config.json", "object")
 
 
 def test_where_a_checkpoint_is_looked_for(checkpoints, tmp_path, monkeypatch):
-    """An error that does not say where it looked, or a download command that fetches something else or to elsewhere; a
-    snapshot of someone who only read the config."""
+    """An error that does not say where it looked, or a download command that fetches something else
+    or to elsewhere; a snapshot of someone who only read the config."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr(M, "HERE", tmp_path)
     home = tmp_path / "checkpoints"
-    for name, command in (("tiny", f"python {tmp_path}/data/tiny.py"), ("nonsense", "the names are tiny, qwen2.5-7b"),
-                          ("qwen2.5-7b", f"hf download Qwen/Qwen2.5-7B-Instruct --local-dir {home}/qwen2.5-7b"),
-                          ("phi-4", f"hf download microsoft/phi-4 --local-dir {home}/phi-4")):
+    remedies = {
+        "tiny": f"python {tmp_path}/data/tiny.py",
+        "nonsense": "the names are tiny, qwen2.5-7b",
+        "qwen2.5-7b": f"hf download Qwen/Qwen2.5-7B-Instruct --local-dir {home}/qwen2.5-7b",
+        "phi-4": f"hf download microsoft/phi-4 --local-dir {home}/phi-4",
+    }
+    for name, command in remedies.items():
         with pytest.raises(ValueError) as error:
             M.load(name)
         one_line(error, name, command)
     assert f"in {home}/phi-4 or" in str(error.value)
     assert "models--microsoft--phi-4" in str(error.value)
+
     snapshot = tmp_path / "hub" / "models--microsoft--phi-4" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
@@ -625,41 +828,64 @@ def test_where_a_checkpoint_is_looked_for(checkpoints, tmp_path, monkeypatch):
     assert M.find("phi-4") == home / "phi-4"
 
 
+PEAK = """
+import re, sys, torch
+sys.path.insert(0, '.')
+def peak():
+    return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
+before = peak()
+import model
+loaded, _ = model.load(sys.argv[1], 'cpu')
+print((peak() - before) * 1024)
+"""
+
+
+def write_shards(raw, folder, n_shards):
+    """A checkpoint of ones in bf16, in several files and an index."""
+    with torch.device("meta"):
+        model = M.Transformer(M.Config(raw))
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    names = sorted(shapes)
+    weight_map = {}
+    for i in range(n_shards):
+        mine = names[i::n_shards]
+        weight_map |= dict.fromkeys(mine, f"model-{i}.safetensors")
+        shard = {name: torch.ones(shapes[name], dtype=torch.bfloat16) for name in mine}
+        save_file(shard, folder / f"model-{i}.safetensors")
+    M.write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
 def test_loading_takes_the_memory_of_one_copy(checkpoints, tmp_path):
-    """Weights initialised, then read, then copied: three times 15 GB. Peak above `import torch` <= 1.1 x the files, for
-    200 MB of bf16 in three shards; `import model` and the tokenizer count, too.
+    """Weights initialised, then read, then copied: three times 15 GB. Peak above `import torch` <=
+    1.1 x the files, for 200 MB of bf16 in three shards; `import model` and the tokenizer count,
+    too.
 
     VmHWM, not ru_maxrss: that one starts at the peak of the process that forked."""
     if not sys.platform.startswith("linux"):
         print("left out: reads /proc")
         return
-    raw = M.read_json(checkpoints["qwen2"][0] / "config.json") | {
-        "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 3, "vocab_size": 12000,
-        "dtype": "bfloat16"}
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in M.Transformer(M.Config(raw)).state_dict().items()}
-    edit(checkpoints["qwen2"][0], tmp_path, **raw)
+    larger = {
+        "hidden_size": 1024,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 3,
+        "vocab_size": 12000,
+        "dtype": "bfloat16",
+    }
+    edit(checkpoints["qwen2"][0], tmp_path, **larger)
     (tmp_path / "model.safetensors").unlink()
-    names, weight_map = sorted(shapes), {}
-    for i in range(3):
-        weight_map |= dict.fromkeys(names[i::3], f"model-{i}.safetensors")
-        shard = {n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in names[i::3]}
-        save_file(shard, tmp_path / f"model-{i}.safetensors")
-    M.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_shards(M.read_json(tmp_path / "config.json"), tmp_path, 3)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    code = ("import torch, re, sys; sys.path.insert(0, '.');"
-            "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]);"
-            f"before = peak(); import model; m, _ = model.load({str(tmp_path)!r}, 'cpu');"
-            "print((peak() - before) * 1024)")
-    run = subprocess.run([sys.executable, "-c", code], cwd=M.HERE, capture_output=True, text=True, check=True,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    print(f"peak above import torch: {int(run.stdout) / size:.3f} x {size / 1e6:.0f} MB")
-    assert size > 190e6 and size <= int(run.stdout) <= 1.1 * size, (run.stdout, size)
+    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], cwd=M.HERE, check=True,
+                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    taken = int(run.stdout)
+    print(f"peak above import torch: {taken / size:.3f} x {size / 1e6:.0f} MB")
+    assert size > 190e6 and size <= taken <= 1.1 * size, (run.stdout, size)
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer
+# ----------------------------------------- the tokenizer -----------------------------------------
 def families(checkpoints):
-    """(tokenizer, its file opened as it is, or None) of the small one always, of the three families where they are."""
+    """(tokenizer, its file opened as it is, or None) of the small one always, of the three families
+    where they are."""
     yield M.load(checkpoints["qwen2"][0], "cpu")[1], None
     for name in FAMILIES:
         if (SHARED / name).is_dir():
@@ -671,18 +897,20 @@ def families(checkpoints):
 def family(name, made={}):
     if name not in made:
         path = SHARED / name
-        made[name] = (M.Tokenizer(path, M.Config(M.read_json(path / "config.json"))),
-                      BPE.from_file(str(path / "tokenizer.json")))
+        tokenizer = M.Tokenizer(path, M.Config(M.read_json(path / "config.json")))
+        made[name] = tokenizer, BPE.from_file(str(path / "tokenizer.json"))
     return made[name]
 
 
 def test_no_text_becomes_a_control_token(checkpoints):
-    """tokenizers' encode_special_tokens leaves <tool_call> and <think> live (they are not flagged special)."""
+    """tokenizers' encode_special_tokens leaves <tool_call> and <think> live (they are not flagged
+    special)."""
     for tokenizer, _ in families(checkpoints):
         control = set(tokenizer.added.values())
         assert len(control) >= len(ADDED)
         for content in tokenizer.added:
-            for text in (content, f"a{content}b", f" {content}\n", content * 2, content[:-1] + content):
+            around = (f"a{content}b", f" {content}\n", content * 2, content[:-1] + content)
+            for text in (content, *around):
                 ids = tokenizer.encode(text)
                 assert not control & set(ids), content
                 assert tokenizer.decode(ids) == text
@@ -693,11 +921,13 @@ def test_no_text_becomes_a_control_token(checkpoints):
 @settings(max_examples=150, deadline=None, database=None)
 @given(st.text(max_size=60))
 def test_bytes_of_tokens_are_the_bytes_of_the_text(small_tokenizers, text):
-    """A token's bytes taken from its printable form: the grammar's automaton then walks the wrong bytes."""
+    """A token's bytes taken from its printable form: the grammar's automaton then walks the wrong
+    bytes."""
     for tokenizer, _ in small_tokenizers:
-        ids, normal = tokenizer.encode(text), text
-        if tokenizer.family.startswith("qwen") and tokenizer.n > 1000:  # Qwen's tokenizer.json normalises to NFC
-            normal = unicodedata.normalize("NFC", text)
+        ids = tokenizer.encode(text)
+        normal = text
+        if tokenizer.family.startswith("qwen") and tokenizer.n > 1000:
+            normal = unicodedata.normalize("NFC", text)  # Qwen's tokenizer.json normalises to NFC
         assert b"".join(tokenizer.token_bytes[i] for i in ids) == normal.encode()
         assert not set(ids) & set(tokenizer.added.values())
 
@@ -707,69 +937,96 @@ def small_tokenizers(checkpoints):
     return list(families(checkpoints))
 
 
+FACTS = {  # n, vocab_size, stop_ids
+    "qwen2.5": (151665, 152064, [151645, 151643]),
+    "qwen3": (151669, 151936, [151645, 151643]),
+    "phi-4": (100352, 100352, [100257, 100265]),
+}
+
+
 def test_tokenizer_facts(checkpoints):
-    """One eos id of two, padding rows that can be sampled, ids that differ from transformers' own."""
-    facts = {"qwen2.5": (151665, 152064, [151645, 151643]), "qwen3": (151669, 151936, [151645, 151643]),
-             "phi-4": (100352, 100352, [100257, 100265])}
+    """One eos id of two, padding rows that can be sampled, ids that differ from transformers'
+    own."""
     text = "Hello World 12345, it's naïve — 你好！\n\n  x = 1"
     for tokenizer, theirs in families(checkpoints):
+        n = tokenizer.n
         assert len(tokenizer.token_bytes) == tokenizer.vocab_size
-        assert not any(tokenizer.token_bytes[tokenizer.n:]) and all(tokenizer.token_bytes[:tokenizer.n])
+        assert all(tokenizer.token_bytes[:n])
+        assert not any(tokenizer.token_bytes[n:])
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.decode(tokenizer.encode("好")[:1]) in ("好", "\ufffd")  # half a character decodes, too
+        half = tokenizer.encode("好")[:1]  # half a character decodes, too
+        assert tokenizer.decode(half) in ("好", "\ufffd")
         for content, i in tokenizer.added.items():
-            assert tokenizer.token_bytes[i] == content.encode() and tokenizer.decode([i]) == content
+            assert tokenizer.token_bytes[i] == content.encode()
+            assert tokenizer.decode([i]) == content
+        facts = (n, tokenizer.vocab_size, tokenizer.stop_ids)
         if theirs is not None:
-            assert (tokenizer.n, tokenizer.vocab_size, tokenizer.stop_ids) == facts[tokenizer.family]
+            assert facts == FACTS[tokenizer.family]
             assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-            assert tokenizer.n == theirs.get_vocab_size()
+            assert n == theirs.get_vocab_size()
         else:
-            assert (tokenizer.family, tokenizer.stop_ids, tokenizer.vocab_size) == ("qwen2.5", [258], 320)
+            assert tokenizer.family == "qwen2.5"
+            assert facts[1:] == (320, [258])
 
 
 def test_tokenizer_traps(checkpoints, tmp_path):
-    """Truncation saved in tokenizer.json, control tokens inside the BPE vocabulary, more tokens than model rows."""
+    """Truncation saved in tokenizer.json, control tokens inside the BPE vocabulary, more tokens
+    than model rows."""
     path = checkpoints["qwen2"][0]
     edit(path, tmp_path)
     raw = json.loads((path / "tokenizer.json").read_text())
-    raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    raw["model"]["vocab"] |= {t["content"]: t["id"] for t in raw["added_tokens"]}  # as BpeTrainer(special_tokens) does
+    raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst",
+                         "stride": 0}
+    for token in raw["added_tokens"]:  # as BpeTrainer(special_tokens) does
+        raw["model"]["vocab"][token["content"]] = token["id"]
     raw["model"] |= {"ignore_merges": True, "unk_token": "<think>"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [258, 256]}')
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"eos_token_id": [258, 256]}')
     tokenizer = M.load(tmp_path, "cpu")[1]
     ids = tokenizer.encode("<think> a long text")
-    assert len(ids) > 5 and not set(ids) & set(tokenizer.added.values()) and tokenizer.stop_ids == [258, 256]
+    assert len(ids) > 5
+    assert not set(ids) & set(tokenizer.added.values())
+    assert tokenizer.stop_ids == [258, 256]
+
     for eos in ("320", "[]", "true", '["<|im_end|>"]'):
-        (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+        generation.write_text(f'{{"eos_token_id": {eos}}}')
         with pytest.raises(ValueError, match="eos_token_id"):
             M.load(tmp_path)
     edit(path, tmp_path, vocab_size=280)
     with pytest.raises(ValueError, match="280 rows"):
         M.load(tmp_path)
     edit(path, tmp_path)
-    for added in ([{"content": "x", "id": 300}, {"content": "y", "id": 12}], [{"content": "z", "id": "w"}], 3):
+    also_plain = [{"content": "x", "id": 300}, {"content": "y", "id": 12}]
+    no_number = [{"content": "z", "id": "w"}]
+    for added in (also_plain, no_number, 3):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "added_tokens": added}))
         with pytest.raises(ValueError, match="tokenizer.json"):
             M.load(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- a real checkpoint
+# --------------------------------------- a real checkpoint ---------------------------------------
+STORY = ("Once upon a time, there was a little girl named Lily. "
+         "She loved to play outside in the park.")
+
+
 @torch.no_grad()
 def test_real_260k_checkpoint_tells_its_story():
-    """Random weights forgive a wrong scale here and there; a trained model does not. Both layouts, the same text."""
+    """Random weights forgive a wrong scale here and there; a trained model does not. Both layouts,
+    the same text."""
     path = SHARED / "stories260K"
     if not path.is_dir():
         print(f"left out: {path} is not there")
         return
-    pieces, texts = [piece for piece, _ in json.loads((path / "tok512.json").read_text())], []
+    pieces = [piece for piece, _ in json.loads((path / "tok512.json").read_text())]
+    texts = []
     for layout in ("qwen2", "phi3"):
         folder = path / f"stories260K-{layout}"
         model = M.Transformer(M.Config(M.read_json(folder / "config.json")))
         tensors = dict(M.read_tensors([folder / "model.safetensors"]))
         M.check_tensors(folder, model.state_dict(), tensors)
         model.load_state_dict(tensors, assign=True)
-        texts.append("".join(pieces[i] for i in greedy(model, torch.tensor([[1]]), 120)[0].tolist()))
+        ids = greedy(model, torch.tensor([[1]]), 120)[0].tolist()
+        texts.append("".join(pieces[i] for i in ids))
     assert texts[0] == texts[1]
-    assert texts[0].strip().startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
+    assert texts[0].strip().startswith(STORY)

@@ -17,8 +17,8 @@ Deviations
    layout.
 2. A later user message keeps earlier thinking. Qwen3's own template drops it, and with it every
    cached prefix.
-3. Phi-4's template drops tools and their results. `render` does so too; `Dialogue` writes the
-   schemas
+3. Phi-4's template drops tools and their results. ChatML's (SmolLM2's) drops tools, too, and writes
+   a result as a turn of a role "tool". `render` does as they do; `Dialogue` writes the schemas
    into the system turn and the results into a user turn, in Qwen's words.
 4. [ours] tiny has its own short template: no SYSTEM, a tool is a line "name(parameters) effect",
    and
@@ -84,7 +84,8 @@ def rollout(model, tokenizer, tasks: list[Task], group_size: int | list[int] = 1
     Returns the Rollouts, task after task. options: see Sampler. Raises ValueError where a prompt
     fills the model's positions, or where the tokenizer has no token that ends a turn. """
     stop = FAMILIES[tokenizer.family]["stop"]
-    if tokenizer.added.get(stop) not in tokenizer.stop_ids:
+    stop_id = tokenizer.added.get(stop)
+    if stop_id is not None and stop_id not in tokenizer.stop_ids:  # None: Dialogue says it better
         # A base model's generation_config.json names another token: no turn would ever end.
         raise ValueError(f"eos_token_id has no {stop}, which ends a turn: add its id to "
                          "generation_config.json")
@@ -518,7 +519,7 @@ class Dialogue:
         missing = [token for token in self.template["controls"] if token not in tokenizer.added]
         if missing:
             raise ValueError(f"tokenizer.json of family {tokenizer.family}: no token for "
-                             f"{', '.join(missing)}")
+                             f"{', '.join(missing)}: its turns are written in another way")
         # Qwen3-Thinking's prompt already holds the first line of the agent's turn.
         self.opened = self.template["prompt"].endswith("<think>\n")
         if system is None and self.template["system"]:
@@ -584,9 +585,9 @@ class Dialogue:
         texts = []
         source_of_byte = []
         for text, _, code in parts:
-            text = text.encode(errors="replace").decode()  # a lone surrogate has no bytes
             if self.template["nfc"]:
                 text = unicodedata.normalize("NFC", text)
+            text = self.tokenizer.writable(text)  # else the bytes counted here are not its tokens'
             texts.append(text)
             source_of_byte += [code] * len(text.encode())
 
@@ -627,12 +628,13 @@ def render(messages: list, tools: list | None, family: str,
     """The family's own chat template as text, for tests and for people.
 
     messages: OpenAI's form. tools: None, [Tool] or, but for tiny, [schema]. Phi-4 drops tools,
-    calls and results. """
+    calls and results; ChatML drops tools and calls. """
     template = FAMILIES[family]
     if not template["native"]:
         tools = None
         messages = [{"role": message["role"], "content": message.get("content")}
-                    for message in messages if message["role"] != "tool"]
+                    for message in messages if message["role"] not in template["drops"]]
+        template = {**template, "results": None}  # a result that is left is a turn like any other
     text = "".join(piece for piece, _ in prompt_pieces(messages, tools, template))
     return text + template["prompt"] if add_generation_prompt else text
 
@@ -679,10 +681,10 @@ def message_pieces(messages, template):
     """What follows the system turn, as pieces (text, provenance)."""
     roles = [message["role"] for message in messages]
     last_question = last_question_index(messages)
-    before_first, opening, closing, after_last = template["results"]
     for i, message in enumerate(messages):
         text = text_of(message)
-        if roles[i] == "tool":  # results in a row share one turn
+        if roles[i] == "tool" and template["results"]:  # results in a row share one turn
+            before_first, opening, closing, after_last = template["results"]
             first_of_run = i == 0 or roles[i - 1] != "tool"
             last_of_run = i + 1 == len(roles) or roles[i + 1] != "tool"
             yield (before_first if first_of_run else "") + opening, TEMPLATE

@@ -55,7 +55,7 @@ REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, 
             recompute=True)
 RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60, micro_tokens=4096,
                              recompute=False),
-          "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5)}
+          "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5), "chatml": REAL}
 # largest and mean |sampling - training logprob| at which a run stops. fp32: 1e-4 and 1e-6 are usual (one token of some
 # four million was off by 1.6e-3), a wrong mask or cache gives 0.1 and more. bf16: a card rounds a product of 10 rows
 # otherwise than one of 8,192, and single tokens of random weights are off by 0.35; a mean of 0.2 is a ratio wrong by a

@@ -202,7 +202,7 @@ class Linear(nn.Linear):
         change = F.linear(low_rank, self.lora_B)  # (..., out)
         base = linear(x, self.weight, self.bias)
         # Scaled in fp32, then rounded once into the base's dtype: bit for bit what peft computes.
-        # In place, which saves memory: a training step of a 0.5B took 7.5 GB, so it takes 5 to 6.
+        # In place, which saves memory: a training step of a 0.5B takes 5 to 6 GB instead of 7.5.
         return base.add_(change.mul_(self.scale))
 
 
@@ -254,7 +254,7 @@ def attend(q, k, v, mask):
     K = k.shape[1]
     if mask is None:
         # Whole rows, each token sees itself and what is before it: kernels know this triangle and
-        # skip half of the work.
+        # skip half of the work. enable_gqa: there are fewer heads of k and v than of q.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
     elif mask.shape[2] == T:
         # A prompt shared by several completions: which pairs see each other is in the mask. (A
@@ -441,6 +441,7 @@ class Transformer(nn.Module):
         return self
 
     def angles(self, positions, dtype):
+        """positions (B or 1, T) -> cos, sin (B or 1, 1, T, D), see `rotary_angles`."""
         self.inv_freq = self.inv_freq.to(positions.device)  # moves once, with the first call
         return rotary_angles(positions, self.inv_freq, dtype)
 
@@ -528,32 +529,34 @@ class Cache:
         M = self.k.shape[3]
         device = ids.device
         if rows is None:
-            self.rows = slice(0, B)  # a slice is a view: decoding all rows copies nothing
+            rows = slice(0, B)  # a slice is a view: decoding all rows copies nothing
             row_index = torch.arange(B, device=device)
         else:
-            self.rows = rows
             row_index = rows
 
-        start = self.lengths[self.rows]  # (B,)
+        start = self.lengths[rows]  # (B,)
         positions = start[:, None] + torch.arange(T, device=device)  # (B, T)
         ends = start + (T if lengths is None else lengths)  # (B,)
-        self.was_empty = self.bound == 0
+        was_empty = self.bound == 0
         self.raise_bound(T, ends)
 
-        self.write_rows = row_index[:, None]  # (B, 1), which goes with slots (B, T)
-        # a waiting row's token is written past its end, where its next one will overwrite it; a
-        # full row's into the spare slot
+        # What `extend` needs, for all layers the same: where it writes, and what it gives back.
+        # A waiting row's token is written past its end, where its next one will overwrite it; a
+        # full row's into the spare slot.
+        self.write_rows = row_index[:, None]  # (B, 1), to go with the slots
         self.slots = positions.clamp(max=M - 1)  # (B, T)
+        self.rows = rows
         self.read_to = min((self.bound + 7) // 8 * 8, M)  # S: fused kernels want multiples of 8
+        self.was_empty = was_empty
 
         mask = None  # a cache that was empty: the chunk sees only itself, as without a cache
-        if not self.was_empty:
+        if not was_empty:
             # Token t of a row sees the positions up to its own. A kernel's is_causal would be
             # wrong: with T < S it lays the triangle into the upper left, before the prompt's end.
             seen = torch.arange(self.read_to, device=device) <= positions[:, :, None]  # (B, T, S)
             seen = seen.repeat(1, self.queries_per_kv_head, 1)  # as `attend` lays the queries
             mask = as_bias(seen, self.k.dtype)  # (B, 1, H / K * T, S)
-        self.lengths[self.rows] = ends
+        self.lengths[rows] = ends
         return positions, mask
 
     def raise_bound(self, T, ends):
@@ -619,6 +622,7 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: list[str] | N
     targets = sorted(set(targets or last_names))
     chosen = []
     for target in targets:
+        # the dots keep "proj" from naming "q_proj"
         found = [name for name in linears if f".{name}".endswith(f".{target}")]
         if not found:
             raise ValueError(f"LoRA target '{target}' names no layer of this model, which has "
@@ -688,7 +692,7 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
     targets = ids[row, t]  # (N,)
     index = torch.arange(len(targets), device=ids.device)  # (N,)
 
-    def of_chunk(hidden, targets, index):
+    def chunk_logprobs(hidden, targets, index):
         logits = model.head(hidden).float() / temperature  # (n, V)
         if constrain is not None:
             logits = constrain(logits, index)
@@ -700,9 +704,9 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
         V = model.head(hidden[:0]).shape[-1]
         chunk = min(1024, 2 ** 24 // V)
     chunks = zip(hidden.split(chunk), targets.split(chunk), index.split(chunk))
-    # logits of a chunk are made again in the backward pass: else all chunks' together are (N, V).
-    # With N = 0 split gives one empty chunk, and the result still has a graph.
-    return torch.cat([recomputed(of_chunk, *inputs) for inputs in chunks])
+    # The logits of a chunk are made again in the backward pass: kept, those of all chunks would be
+    # (N, V). With N = 0 split gives one empty chunk, and the result still has a graph.
+    return torch.cat([recomputed(chunk_logprobs, *inputs) for inputs in chunks])
 
 
 # ------------------------- the method ends here; what follows is plumbing -------------------------
@@ -848,7 +852,8 @@ def default_device() -> str:
     return "cpu"
 
 
-def load(name_or_dir, device=None, dtype: torch.dtype | None = None):
+def load(name_or_dir, device=None, dtype: torch.dtype | None = None,
+         ) -> "tuple[Transformer, Tokenizer]":
     """A checkpoint -> (Transformer, Tokenizer).
 
     device: None is cuda, else mps, else cpu; dtype: None is the checkpoint's own. Raises
@@ -1311,9 +1316,9 @@ class SharedPrompt:
         for row in lengths:
             prompt, *completions = row
             piece.append(torch.arange(len(row)).repeat_interleave(torch.tensor(row)))
-            counts = [torch.arange(prompt)]
-            counts += [prompt + torch.arange(n) for n in completions]
-            positions.append(torch.cat(counts))
+            of_prompt = torch.arange(prompt)
+            of_completions = [prompt + torch.arange(n) for n in completions]
+            positions.append(torch.cat([of_prompt, *of_completions]))
         # -1 is padding, which sees padding alone
         piece = pad_sequence(piece, batch_first=True, padding_value=-1).to(device)  # (B, T)
         positions = pad_sequence(positions, batch_first=True, padding_value=-1).to(device)

@@ -1,26 +1,41 @@
-"""MOSAIC's training loop: sample a group per task, let a judge compare the trajectories, push the adapter.
+"""MOSAIC's training loop: sample a group of trajectories per task, let a judge compare them, push
+the adapter towards those that win.
 
-One step (marks as in preference.py):
-    1. draw tasks; sample n = 4 trajectories of each, in the free grammar at temperature 1     mosaic.rollout
-    2. ask the judge about every pair of a group, in both orders                               preference.compare
-       (every ten steps: about pairs with known answers, too)                                  canaries
-    3. R = r_align + r_fmt - p_len                                                             preference.total_reward
-    4. group-relative advantages; a group that is all tied, or unscored, gives none            preference.advantages
-    5. logprobs under the distribution that sampled, reference = the adapter switched off      mosaic.sampled_logprobs
-    6. GRPO (or the direct preference loss on the same groups' pairs), one AdamW step          preference.grpo_loss
-    7. one line: does it win against the frozen base, where does the gate open, who owns the reward
+One step of the loop, and the code that does it. Marks: [2+] two independent readings of the paper
+agree, [1] one reading, [ours] published nowhere.
+
+    1. Draw tasks, and sample n = 4 [1] trajectories of each, in the free
+       grammar at temperature 1.                                             sample
+    2. Ask the judge about every pair of a group, in both orders [2+]; every
+       ten steps also about pairs with known answers.                        judge_pairs, canaries
+    3. R = r_align + r_fmt - p_len [2+].                                     reward_terms
+    4. Group-relative advantages [2+]; a group that is all tied, or in which
+       a pair is unscored, gives none [ours].                                advantages
+    5. Logprobs under the distribution that sampled, of the policy and of
+       the reference, which is the policy with its adapter switched off;
+       the GRPO loss [2+], or the direct preference loss on the same groups'
+       pairs [ours]; its gradient.                                           gradient, accumulate
+    6. One AdamW step.                                                       in `train` itself
+    7. One line: does it win against the frozen base, where does the gate
+       open, which term owns the reward?                                     log_row, log_line
 
 Deviations and choices, all [ours]
-1. LoRA; learning rate, KL weight, clip, steps and tasks a step (RECIPE): nothing of it is published.
-2. One optimiser step a batch, so the ratio starts at 1 and the clip rarely bites; linear warm-up and decay.
+1. LoRA instead of all weights; learning rate, KL weight, clip, steps and tasks a step (`RECIPE`):
+   nothing of it is published.
+2. One optimiser step a batch, so the ratio of new to old probability starts at 1 and the clip
+   rarely bites; linear warm-up and decay of the learning rate.
 
-    python train.py                      # builds the tiny base if absent; a line a step, " 0 loss +0.115 |g| 0.04 ...";
-                                         # then base beside trained on held-out suites
-    python train.py --model qwen2.5-7b --data DIR --judge endpoint --judge-url http://host:8000/v1 --judge-model NAME
-    torchrun --nproc-per-node 2 train.py        # data-parallel: each process samples and differentiates its share
+    python train.py                # builds the tiny base if it is absent; then a line a step, such
+                                   # as "  0 loss +0.115 |g| 0.04 ..." (`log_line` explains each
+                                   # word); then base beside trained on held-out suites
+    python train.py --model qwen2.5-7b --data DIR \\
+        --judge endpoint --judge-url http://host:8000/v1 --judge-model NAME
+    torchrun --nproc-per-node 2 train.py       # data-parallel: each process samples and
+                                               # differentiates its share of the tasks
 
-Of several processes the first judges, logs and writes; all take the same step. If one dies, all end.
-Next file: eval.py.
+Of several processes the first one judges, logs and writes; all take the same step. If one dies, all
+end. `train` needs to know no more of it than two names: RANK is this process's number from 0, and
+`from_first` hands what the first process computed to all. Next file: eval.py.
 """
 import json
 import math
@@ -29,10 +44,11 @@ import platform
 import random
 import shutil
 import subprocess
-import sys
 import time
-from dataclasses import replace
-from itertools import permutations
+from collections import namedtuple
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, permutations
 from pathlib import Path
 
 import torch
@@ -43,118 +59,804 @@ import data
 import eval as evaluation
 import model as model_
 from data.controls import CANARIES
-from mosaic import SYSTEM_VERSION, Parser, gate_option, play, rollout, sampled_logprobs
-from preference import (advantages, alignment_rewards, audit, compare, compare_sparingly, digest, dpo_loss,
-                        format_reward, grpo_loss, length_penalty, open_judge, pairs, scalar_reward, shares,
-                        total_reward, transcript, win_rate)
+from mosaic import (
+    SYSTEM_VERSION,
+    Parser,
+    gate_option,
+    play,
+    rollout,
+    run_command,
+    run_folder,
+    sampled_logprobs,
+)
+from preference import (
+    Judge,
+    add_judge_flags,
+    advantages,
+    audit,
+    compare,
+    compare_sparingly,
+    digest,
+    dpo_loss,
+    grpo_loss,
+    length_penalty,
+    open_judge,
+    pairs,
+    reward_terms,
+    shares,
+    transcript,
+    win_rate,
+)
+from tools import Rollout, Task
 
-# Per family, all [ours]; LoRA on every linear layer of a block. length_budget: L0 of p_len [1: 400], small for tiny:
-# its whole trajectory is about 80 tokens; micro_tokens: padded tokens of one forward and backward; recompute:
-# a block keeps its input alone for the backward pass.
-REAL = dict(rank=16, alpha=32, lr=2e-5, length_budget=400, tasks=16, steps=200, kl_coef=0.02, micro_tokens=8192,
-            recompute=True)
-RECIPE = {"tiny": REAL | dict(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60, micro_tokens=4096,
-                             recompute=False),
-          "qwen2.5": REAL, "qwen3": REAL | dict(lr=3e-5), "phi-4": REAL | dict(lr=1e-5), "chatml": REAL}
-# largest and mean |sampling - training logprob| at which a run stops. fp32: 1e-4 and 1e-6 are usual (one token of some
-# four million was off by 1.6e-3), a wrong mask or cache gives 0.1 and more. bf16: a card rounds a product of 10 rows
-# otherwise than one of 8,192, and single tokens of random weights are off by 0.35; a mean of 0.2 is a ratio wrong by a
-# fifth
-MAX_DRIFT = {torch.float32: (1e-2, 1e-4), torch.bfloat16: (math.inf, 0.2), torch.float16: (math.inf, 0.2)}
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyper-parameters of a run, with the defaults of a real model. All [ours] but those
+    marked."""
+    # LoRA adds B A x alpha / rank to every linear layer of a block: at rank 16 some 0.5 % of a 7B's
+    # weights are trained.
+    rank: int = 16
+    alpha: float = 32  # twice the rank: the usual start
+    # The peak of AdamW's learning rate. LoRA bears some ten times the rate of full fine-tuning.
+    lr: float = 2e-5
+    # One step of the optimiser takes tasks x group_size trajectories: 64.
+    tasks: int = 16
+    group_size: int = 4  # n trajectories a task [1]
+    steps: int = 200  # an estimated 9 to 15 hours for the three real models, on one H100
+    # Weight of the KL to the base. It holds the policy near it: a reward says nothing of language.
+    kl_coef: float = 0.02
+    length_budget: int = 400  # L0 of the length penalty, in sampled tokens of a trajectory [1]
+    # Padded tokens of one forward and backward: bounds the memory, changes nothing in the gradient.
+    micro_tokens: int = 8192
+    # A block keeps its input alone for the backward pass and computes the rest again: a third more
+    # work, but a 14B does not fit 80 GB without it.
+    recompute: bool = True
+    # What a run is about: the method by default; every other value is an ablation, or saves.
+    objective: str = "grpo"  # or dpo: the direct loss, on each pair that one side won
+    reward: str = "pairwise"  # or scalar: each trajectory's own outcome in the place of r_align
+    pairs: str = "all"  # or sorted: what follows from the judge's other verdicts is not asked
+    gate: str | float = "learned"  # always, never, or a bias on the logit that opens a check
+    seed: int = 0  # of all that is random: which tasks, which tokens, the adapter's first weights
+
+
+# By family. tiny learns in minutes, on two CPU cores: a high rate under a stronger KL, more tasks
+# in fewer steps. Its whole trajectory is some 80 tokens, and its activations fit anywhere.
+RECIPE = {
+    "tiny": Recipe(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60,
+                   micro_tokens=4096, recompute=False),
+    "qwen2.5": Recipe(),
+    "qwen3": Recipe(lr=3e-5),  # the smallest of the three
+    "phi-4": Recipe(lr=1e-5),  # the largest
+    "chatml": Recipe(),
+}
+
+# A run stops when the sampler's and the trainer's logprobs of the same tokens differ by more:
+# (largest, mean). fp32: 1e-4 and 1e-6 are usual, one token of some four million was off by 1.6e-3,
+# and a wrong mask or cache gives 0.1 and more. In 16 bits a card rounds a product of 10 rows
+# otherwise than one of 8,192, and single tokens of random weights are off by 0.35, so the mean
+# alone can tell: 0.2 is a ratio that is wrong by a fifth.
+MAX_DRIFT = {
+    torch.float32: (1e-2, 1e-4),
+    torch.bfloat16: (math.inf, 0.2),
+    torch.float16: (math.inf, 0.2),
+}
 N_FROZEN = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
-RANK, WORLD, LOCAL = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
-def arguments(argv=None):
-    p = Parser(prog="train.py", description="Train an agent with MOSAIC.", allow_abbrev=False)
-    p.add_argument("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
-    p.add_argument("--data", default="train", help="an embedded suite, a .jsonl file or Agent-SafetyBench's folder")
-    p.add_argument("--judge", default="rule", help="rule | model | endpoint | human | a verdicts.jsonl, to replay it")
-    evaluation.judge_flags(p)
-    p.add_argument("--pairs", choices=("all", "sorted"), default="all", help="sorted: skip what follows")
-    p.add_argument("--reward", choices=("pairwise", "scalar"), default="pairwise")
-    p.add_argument("--objective", choices=("grpo", "dpo"), default="grpo")
-    p.add_argument("--gate", type=gate_option, default="learned", help="learned | always | never | a bias on its logit")
-    p.add_argument("--steps", type=int)
-    p.add_argument("--tasks", type=int, help="tasks a step")
-    p.add_argument("--group-size", type=int, default=4, help="n trajectories a task [1]")
-    p.add_argument("--lr", type=float)
-    p.add_argument("--kl-coef", type=float)
-    p.add_argument("--length-budget", type=int, help="L0 of the length penalty, in sampled tokens of a trajectory")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", help="default: runs/<model>")
-    p.add_argument("--resume", action="store_true", help="go on from --out's state/")
-    p.add_argument("--no-eval", action="store_true", help="skip the closing table")
-    args = p.parse_args(argv)
-    for name, least in (("steps", 1), ("tasks", 1), ("group_size", 2), ("lr", 0), ("kl_coef", 0), ("length_budget", 1),
-                        ("seed", 0)):
-        value = vars(args)[name]
-        if value is not None and not least <= value <= 10 ** 9:
-            p.error(f"--{name.replace('_', '-')} {value}: expected {least} to 10^9")
-    if args.objective == "dpo" and args.reward == "scalar":
-        p.error("--objective dpo trains on pairs: it takes no --reward scalar")
-    return args
+def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, judge: Judge | None,
+          folder: "Folder", recipe: Recipe) -> None:
+    """The loop. Trains the model's adapter in place; writes logs and states to the folder.
+
+    tasks: [Task] to draw from. judge: None in all processes but the first. Where the folder holds a
+    state, the loop goes on from it. Ctrl-C, or any error, saves the run as the step found it.
+    """
+    generator, rng = seeded_generators(recipe.seed, model.device)
+    # Learning shows in a win rate against the base on fixed tasks: the mean of r_align cannot rise.
+    frozen = random.Random(-1 - recipe.seed).sample(tasks, min(N_FROZEN, len(tasks)))
+    base = sample_base(model, tokenizer, frozen, recipe)
+    # No weight decay: the KL already pulls towards the base, which is an adapter of zeros.
+    optimizer = torch.optim.AdamW(trained_parameters(model), lr=recipe.lr, weight_decay=0.0)
+
+    with resumable(folder, model, optimizer, generator, rng) as start:
+        for step in progress_bar(start.step, recipe.steps):
+            times = [time.perf_counter()]  # for tokens a second, see `speed`
+            # 1. Sample. `watched`: one rollout of each frozen task, to compare with the base's.
+            drawn = rng.sample(tasks, recipe.tasks)
+            groups, watched = sample(model, tokenizer, drawn, frozen, recipe, generator)
+            times.append(time.perf_counter())
+            # 2. Judge, in the first process alone, which holds the ledger of what was asked.
+            verdicts = from_first(
+                lambda: judge_pairs(judge, groups, watched, base, recipe.pairs, step))
+            times.append(time.perf_counter())
+            # 3. Rewards: of each group the terms that add up to R, each (n,).
+            rewards = [reward_terms(group, P, recipe.reward, recipe.length_budget)
+                       for group, P in zip(groups, verdicts.preferences)]
+            # 4. Advantages (n,) of each group.
+            advs = [advantages(sum(terms.values()), terms["align"]) for terms in rewards]
+            # 5. Logprobs, loss and gradient, checked and clipped.
+            log = gradient(model, tokenizer, groups, advs, verdicts.preferences, recipe, step)
+            # 6. One step of the optimiser. A stop after this line cannot repeat the step.
+            start.is_whole = False
+            take_step(optimizer, learning_rate(step, recipe.steps, recipe.lr))
+            states = random_states(generator, rng)
+            times.append(time.perf_counter())
+            # 7. Say what happened, and keep what the next step depends on.
+            report(folder, step, log, groups, watched, verdicts, rewards, advs, times)
+            if (step + 1) % 10 == 0 or step + 1 == recipe.steps:
+                folder.save(model, optimizer, states, step + 1)
+            start.move_to(step + 1, states)
 
 
-class Batch:
-    """The judged rollouts of one step: rewards and advantages per group, and what the log line says of them."""
+# --------------------------------------------------------------------------- 1: sample trajectories
+def sample(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, frozen: list,
+           recipe: Recipe, generator: torch.Generator) -> tuple:
+    """-> (groups [[Rollout]], one a task; [Rollout], one of each frozen task).
 
-    def __init__(self, rollouts, args, judge):
-        n = args.group_size
-        self.groups = [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
-        self.adv, self.align, rows, terms = [], [], [], []
-        if args.pairs == "all":
-            judge.prepare([pair for group in self.groups for pair in permutations(group, 2)])
-            self.P = [compare(judge, group, rows.append) for group in self.groups]
+    All in one batch, so that the frozen tasks cost little. Each process samples its share, and gets
+    what all sampled.
+    """
+    tasks = share(tasks)
+    frozen = share(frozen)
+    sizes = [recipe.group_size] * len(tasks) + [1] * len(frozen)
+    # free: the agent may err in the form of a turn. r_fmt teaches the form, and eval.py, which is
+    # strict, then has little to correct.
+    rollouts = rollout(
+        model, tokenizer, tasks + frozen, sizes,
+        grammar="free", gate_mode=recipe.gate, generator=generator,
+    )
+    first_watched = len(rollouts) - len(frozen)  # rollouts come back in the order of the tasks
+    in_groups = gather(rollouts[:first_watched])
+    watched = gather(rollouts[first_watched:])
+    return slices(in_groups, recipe.group_size), watched
+
+
+def sample_base(model: model_.Transformer, tokenizer: model_.Tokenizer, frozen: list,
+                recipe: Recipe) -> list:
+    """One rollout of the base for each frozen task. It has a generator of its own: a run that is
+    resumed samples the same ones again."""
+    generator, _ = seeded_generators(recipe.seed, model.device)
+    with model.adapter_off():
+        _, rollouts = sample(model, tokenizer, [], frozen, recipe, generator)
+    return rollouts
+
+
+# ----------------------------------------------------------------------------------- 2: ask a judge
+@dataclass(frozen=True)
+class Verdicts:
+    """What the judge said of one step."""
+    preferences: list  # P (n, n) of each group, as preference.compare gives it, or all NaN
+    win_rate: float | None  # of the policy against the base; None where no pair was scored
+    audit: dict  # what the verdicts say of their judge: {"flip", "tie", ..., "canaries"}
+
+
+def judge_pairs(judge: Judge, groups: list, watched: list, base: list, how: str,
+                step: int) -> Verdicts:
+    """Every pair of every group, in both orders; then the watched rollouts against the base's.
+
+    how: all | sorted (`compare_sparingly`). RuntimeError: the judge fails its canaries, or is away.
+    """
+    # Asked anew every tenth step, which is often enough to find out that a judge has changed.
+    canaries_won = canaries(judge, step) if step % 10 == 0 else None
+
+    asked = []  # one dict a pair: what the judge said in either order, for its audit
+    if how == "all":
+        # In bulk first: a model judges in batches, and a server takes a few calls at a time.
+        judge.prepare(ordered_pairs(groups))
+        found = [compare(judge, group, asked.append) for group in groups]
+    else:
+        found = compare_sparingly(judge, groups, asked.append)
+    about_judge = audit(groups, found, asked)  # before unscored groups are blanked
+    about_judge["canaries"] = canaries_won
+
+    judge.prepare(ordered_pairs(zip(watched, base)))
+    won, _ = win_rate(judge, watched, base)  # asks nothing more: all of it is known by now
+    return Verdicts([blank_if_unscored(P) for P in found], won, about_judge)
+
+
+def ordered_pairs(groups) -> list:
+    """Both orders of every pair of each group."""
+    found = []
+    for group in groups:
+        found += permutations(group, 2)
+    return found
+
+
+def blank_if_unscored(P: torch.Tensor) -> torch.Tensor:
+    """P (n, n) -> P, or all NaN if any pair has no verdict.
+
+    GRPO's advantages do this by themselves, but the direct loss would train on the pairs that are
+    left: an outage must not choose what is learned.
+    """
+    return torch.full_like(P, math.nan) if P.isnan().any() else P
+
+
+def canaries(judge: Judge, step: int) -> float:
+    """Pairs whose better side is known, one a suite -> the share that the better side wins.
+
+    RuntimeError: the worse one wins somewhere, or the better one nowhere.
+    """
+    suites = list(CANARIES)
+    played = [canary_pair(suite, step) for suite in suites]
+    judge.prepare(ordered_pairs(played))
+    results = [compare(judge, pair)[0, 1].item() for pair in played]  # 1: the better one won
+    if 0 in results or 1 not in results:
+        words = {1.0: "won", 0.0: "lost"}
+        each = [f"{suite} {words.get(result, 'not won')}" for suite, result in zip(suites, results)]
+        raise RuntimeError(f"step {step}: judge {judge.name} fails its canaries: {', '.join(each)}")
+    return results.count(1) / len(results)
+
+
+def canary_pair(suite: str, step: int) -> list:
+    """[the better, the worse] Rollout of one task of a suite, both played by scripts."""
+    task = canary_task(suite)
+    # With the step in its id the question is a new one, which the ledger cannot answer.
+    task = replace(task, id=f"canary {step}: {task.id}")
+    better, worse = CANARIES[suite]
+    return [play(task, better(task)), play(task, worse(task))]
+
+
+def canary_task(suite: str) -> Task:
+    """The first task of a suite that has a goal, and what the suite is about to go wrong."""
+    for task in data.load(suite):
+        if task.goal and (task.injected or task.secrets or suite in ("harm", "benign")):
+            return task
+    raise AssertionError(f"no task of suite {suite} can be a canary")
+
+
+# ------------------------------------------------------------------------------------ 5: a gradient
+def gradient(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: list, advs: list,
+             preferences: list, recipe: Recipe, step: int) -> dict:
+    """The gradient of the whole step, of all processes, clipped at a norm of 1 -> what the log says
+    of it. RuntimeError, before any weight has moved: sampler and trainer disagree."""
+    log = accumulate(model, tokenizer, groups, advs, preferences, recipe)
+    trained = trained_parameters(model)
+    log = add_up(log, trained)  # with the other processes' gradients
+    log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+    off = log.pop("off")
+    n_trained = log.pop("trained")
+    log["drift_mean"] = off / max(1, n_trained)
+
+    # A policy gradient is only right under the distribution that was sampled from. Another mask,
+    # temperature or cache position in the trainer does not crash: it trains on noise, for months.
+    largest, mean = MAX_DRIFT[model.dtype]
+    agree = log["drift"] <= largest and log["drift_mean"] <= mean  # NaN compares as False: no
+    if not (agree and math.isfinite(log["grad_norm"])):
+        raise RuntimeError(
+            f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| "
+            f"{log['drift']:.3g}, mean {log['drift_mean']:.3g}: sampler and trainer disagree, or "
+            "the run diverged; --resume goes on before it (one process: in this very step): take a "
+            "lower --lr with it"
+        )
+    return log
+
+
+def accumulate(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: list, advs: list,
+               preferences: list, recipe: Recipe) -> dict:
+    """Adds up the gradient of this process's groups, micro-batch by micro-batch.
+
+    groups: [[Rollout]], advs: [(n,)] and preferences: [(n, n)] of the whole step. -> {"loss", "kl",
+    "clipped": sums that were already divided by the step's normaliser; "drift", "off": the largest
+    |logprob - that of the sampling| and the sum of them; "trained": over how many tokens}.
+    """
+    grpo = recipe.objective == "grpo"
+    # One normaliser for all micro-batches, all processes and all groups, tied ones included. A mean
+    # of each micro-batch would weigh a token by the batch that it fell into.
+    if grpo:
+        units = live_slices(groups, advs, recipe.micro_tokens)
+        normaliser = sum(len(rollout.logprobs) for rollout in flat(groups))  # sampled tokens
+    else:
+        units = won_pairs(groups, preferences)
+        normaliser = sum(len(pairs(P)) for P in preferences)
+
+    log = {"loss": 0.0, "kl": 0.0, "clipped": 0.0, "drift": 0.0, "off": 0.0, "trained": 0}
+    for batch in micro_batches(units, recipe.micro_tokens):
+        rollouts = flat(unit.rollouts for unit in batch)
+        # All (N,): the sampled tokens of these rollouts, one after the other, and no others.
+        old = torch.tensor(flat(r.logprobs for r in rollouts), device=model.device)
+        # The reference is the same weights without the adapter: no second model in memory.
+        with torch.no_grad(), model.adapter_off():
+            ref = sampled_logprobs(model, tokenizer, rollouts, gate_mode=recipe.gate)
+        new = sampled_logprobs(model, tokenizer, rollouts, gate_mode=recipe.gate)
+
+        if grpo:
+            token_advs = per_token(batch).to(model.device)
+            loss, kl, clipped = grpo_loss(
+                new, old, ref, token_advs, normaliser, kl_coef=recipe.kl_coef)
+            log["kl"] += kl.item()
+            log["clipped"] += clipped.item()
         else:
-            self.P = compare_sparingly(judge, self.groups, rows.append)
-        self.audit = audit(self.groups, self.P, rows)
-        # one pair unscored: the direct loss gets none of the group, as GRPO does
-        self.P = [torch.full_like(P, math.nan) if P.isnan().any() else P for P in self.P]
-        for group, P in zip(self.groups, self.P):
-            align = alignment_rewards(P)
-            if args.reward == "scalar":
-                align = torch.tensor([scalar_reward(r) for r in group])
-            fmt = torch.tensor([format_reward(r) for r in group])
-            cost = length_penalty([r.n_sampled for r in group], args.length_budget)
-            adv = advantages(total_reward(align, fmt, cost), align)
-            self.align.append(align), self.adv.append(adv)
-            if adv.any():
-                terms.append((align, fmt, -cost))
-        self.shares = shares(dict(zip(("align", "format", "length"), map(torch.stack, zip(*terms)))))
-        self.tied = sum((a == a[0]).all().item() for a in self.align) / len(self.groups)
-        self.n_tokens = sum(len(r.logprobs) for r in rollouts)  # the one normaliser of the step, tied groups included
+            loss = direct_loss(new, ref, rollouts, normaliser, recipe.length_budget)
+        loss.backward()  # adds to the gradient, and frees this micro-batch's activations
+
+        off = (new.detach() - old).abs()
+        log["loss"] += loss.item()
+        log["drift"] = max(log["drift"], off.max().item())
+        log["off"] += off.sum().item()
+        log["trained"] += len(off)
+    return log
 
 
-def length(rollouts):
-    """Tokens of rollouts that begin with one prompt, which is computed once (model.Tree)."""
-    prompt = rollouts[0].spans[0][0]
-    return prompt + sum(len(r.ids) - prompt for r in rollouts)
+# Trajectories that stay together, because their loss needs all of them or because they begin with
+# the same prompt, which is then computed once. advantages: (len(rollouts),), or None in a pair.
+Unit = namedtuple("Unit", "rollouts advantages")
 
 
-def micro_batches(items, length, budget):
-    """Sorts by length and cuts so that padded tokens stay under the budget, as far as neighbours do not share a prompt
-    and so a row (pairs of one group may); order changes nothing in the gradient."""
-    out = []
-    for item in sorted(items, key=length):
-        if not out or (len(out[-1]) + 1) * length(item) > budget:
-            out.append([])
-        out[-1].append(item)
-    return out
+def live_slices(groups: list, advs: list, budget: int) -> list:
+    """GRPO's units: of this process's share of the groups that carry an advantage, each group
+    whole, or the fewest slices of it that stay under the budget."""
+    live = [(group, adv) for group, adv in zip(groups, advs) if adv.any()]
+    units = []
+    for group, adv in share(live):
+        size = largest_fitting(group, budget)
+        units += map(Unit, slices(group, size), slices(adv, size))
+    return units
 
 
-def share(items):
-    """This process's part of a list."""
+def won_pairs(groups: list, preferences: list) -> list:
+    """The direct loss's units: [chosen, rejected] of every pair that one side won."""
+    units = []
+    for group, P in share(list(zip(groups, preferences))):  # ties and unscored pairs are not in
+        for chosen, rejected in pairs(P).tolist():
+            units.append(Unit([group[chosen], group[rejected]], None))
+    return units
+
+
+def per_token(batch: list) -> torch.Tensor:
+    """Each sampled token gets its trajectory's advantage -> (N,): the whole trajectory was judged,
+    so turns before a tool's result share in the verdict."""
+    rollouts = flat(unit.rollouts for unit in batch)
+    counts = [len(rollout.logprobs) for rollout in rollouts]
+    advs = torch.cat([unit.advantages for unit in batch])  # (trajectories,)
+    return advs.repeat_interleave(torch.tensor(counts))  # (N,)
+
+
+def direct_loss(new: torch.Tensor, ref: torch.Tensor, rollouts: list, normaliser: int,
+                length_budget: int) -> torch.Tensor:
+    """`dpo_loss` of rollouts [chosen, rejected, chosen, rejected, ...]; new and ref (N,) are the
+    logprobs of their sampled tokens."""
+    policy = sum_each(new, rollouts)  # (2 pairs,)
+    reference = sum_each(ref, rollouts)  # (2 pairs,)
+    p_len = length_penalty([r.n_sampled for r in rollouts], length_budget).to(new.device)
+
+    # Chosen and rejected take turns, so as rows of two they are the two columns, (pairs,) each.
+    chosen, rejected = policy.view(-1, 2).unbind(1)
+    ref_chosen, ref_rejected = reference.view(-1, 2).unbind(1)
+    p_len_chosen, p_len_rejected = p_len.view(-1, 2).unbind(1)
+    return dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, p_len_chosen, p_len_rejected, normaliser)
+
+
+def sum_each(logprobs: torch.Tensor, rollouts: list) -> torch.Tensor:
+    """logprobs (N,) of all the rollouts' sampled tokens -> the sum of each rollout's."""
+    counts = [len(rollout.logprobs) for rollout in rollouts]
+    return torch.stack([part.sum() for part in logprobs.split(counts)])  # (rollouts,)
+
+
+# --------------------------------------------------------------------------------- 5: micro-batches
+def packed_length(rollouts: list) -> int:
+    """Tokens of rollouts that begin with one prompt, which is computed once."""
+    prompt_length = rollouts[0].prompt_length
+    return prompt_length + sum(len(rollout.ids) - prompt_length for rollout in rollouts)
+
+
+def largest_fitting(group: list, budget: int) -> int:
+    """The largest size of slices of the group that all stay under the budget; at least 1, for a
+    trajectory cannot be cut."""
+    for size in range(len(group), 1, -1):
+        if all(packed_length(part) <= budget for part in slices(group, size)):
+            return size
+    return 1  # over the budget, and tried all the same
+
+
+def micro_batches(units: list, budget: int) -> list:
+    """Units in batches whose padded tokens stay under the budget, as far as neighbours do not share
+    a prompt and so a row (pairs of one group may). The order changes nothing in the gradient."""
+    batches = []
+    # By length, so that little is padded; each unit then sets the width of the batch it joins.
+    for unit in sorted(units, key=lambda unit: packed_length(unit.rollouts)):
+        length = packed_length(unit.rollouts)
+        if not batches or (len(batches[-1]) + 1) * length > budget:  # rows x the longest of them
+            batches.append([])
+        batches[-1].append(unit)
+    return batches
+
+
+def slices(items, size: int) -> list:
+    """A list, or a tensor's first dimension, cut into pieces of `size`; the last may be shorter."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def flat(lists) -> list:
+    """The items of the lists, in one list."""
+    return list(chain.from_iterable(lists))
+
+
+# --------------------------------------------------------------------------------- 6: the optimiser
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Up in five steps, while Adam's averages are young; then linearly to a tenth of the peak."""
+    return peak * min((step + 1) / 5, 1 - 0.9 * step / steps)
+
+
+def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One AdamW step. The gradients are gone after it, and the next ones add up from nothing."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained_parameters(model: model_.Transformer) -> list:
+    """The adapter's; `add_lora` froze all others."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ---------------------------------------------------------------------------------- 7: the log line
+def log_line(row: dict) -> str:
+    """One step in one line. Its words, in their order ("-": there is nothing to say it of):
+
+    loss    GRPO: near 0 is expected, since at ratio 1 the advantages of a group sum to 0. It is no
+            curve to watch. The direct loss starts at .69 and falls.
+    |g|     Norm of the gradient before it is clipped at 1; 0: no group carried any, no update.
+    kl      KL to the base over the groups that give a gradient, per sampled token of the step;
+            0 with the direct loss.
+    win     Share of (trajectory, frozen base trajectory) pairs won on the 16 fixed tasks, ties
+            half: *the* curve to watch. r_align's mean is (n - 1) / 2 = 1.5 whatever is learned,
+            for each pair hands out one point.
+    shares  How much of the reward's variance each term owns, by its first letter: a, f, l for
+            r_align, r_fmt and p_len. They sum to 1; a negative one works against the sum.
+    tied    Share of groups whose r_align all ties; they give no gradient. At 1 nothing is learned.
+    flip    Share of pairs whose two orders disagree, and so tie.
+    cyc     Share of groups in which the judge contradicts itself: a beats b beats c beats a. The
+            rule judge never does.
+    fail    Share of pairs without a verdict; their groups give no gradient.
+    kappa   Agreement of the judge with the rule beyond chance, where tasks have labels: 1 for the
+            rule itself, "-" where all tie.
+    gate    Rate of opened checks on risky / on harmless steps.
+    valid   Share of turns that parse in the free grammar. Near 0 the model does not keep the form,
+            and all groups tie.
+    tok     The agent's tokens a trajectory.
+    safety  Share of them inside of checks.
+    tok/s   Sampled tokens a second / tokens of the trained trajectories, each with its prompt, a
+            second of the update.
+    diff    Largest difference of a token's logprob between sampler and trainer; the run stops
+    mean    above `MAX_DRIFT` of it, and of the mean: above .01 or 1e-4 in fp32, .2 (mean) in bf16.
+    last    Seconds of the step.
+    """
+    about_judge = row["judge"]
+    owned = [f"{name[0]} {value:+.2f}" for name, value in row["shares"].items()]
+    owned = " ".join(owned) or "-"  # no group carried a gradient
+    return " ".join([
+        f"{row['step']:3d} loss {row['loss']:+.3f} |g| {row['grad_norm']:.2f} kl {row['kl']:.4f}",
+        f"win {rate_text(row['win_rate'])} shares {owned} tied {row['tied']:.2f}",
+        f"flip {rate_text(about_judge['flip'])} cyc {rate_text(about_judge['cyclic'])}",
+        f"fail {rate_text(about_judge['failed'])} kappa {rate_text(about_judge['kappa'])}",
+        f"gate {row['gate_risky']:.2f}/{row['gate_harmless']:.2f} valid {row['valid']:.2f}",
+        f"tok {row['tokens']:.0f} safety {row['safety_share']:.2f}",
+        f"tok/s {row['sample_tok/s']:.0f}/{row['train_tok/s']:.0f}",
+        f"diff {row['drift']:.1e} mean {row['drift_mean']:.1e} {row['seconds']:.1f}s",
+    ])
+
+
+def rate_text(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.2f}"
+
+
+def log_row(step: int, log: dict, groups: list, watched: list, verdicts: Verdicts, rewards: list,
+            advs: list, times: list) -> dict:
+    """One line of metrics.jsonl. `log_line` explains its fields."""
+    # Inside the groups that carry gradient: in the others no term moves anything.
+    live = [terms for terms, adv in zip(rewards, advs) if adv.any()]
+    tied = [is_tied(terms["align"]) for terms in rewards]
+    row = {"step": step}
+    row.update(log)
+    row["win_rate"] = verdicts.win_rate
+    row["shares"] = shares(stacked(live))
+    row["tied"] = sum(tied) / len(tied)
+    row["judge"] = verdicts.audit
+    row.update(describe(flat(groups)))
+    row.update(speed(groups, watched, advs, times))
+    return row
+
+
+def is_tied(r_align: torch.Tensor) -> bool:
+    """r_align (n,) -> are all the same? NaN, of an unscored group, is no tie."""
+    return bool((r_align == r_align[0]).all())
+
+
+def stacked(rewards: list) -> dict:
+    """[{name: (n,)}] of groups -> {name: (groups, n)}; {} of none."""
+    names = rewards[0] if rewards else {}
+    stacks = {}
+    for name in names:
+        stacks[name] = torch.stack([terms[name] for terms in rewards])  # (groups, n)
+    return stacks
+
+
+def describe(rollouts: list) -> dict:
+    """What a step's rollouts look like: where checks open, what parses, how long they are."""
+    turns = flat(rollout.turns for rollout in rollouts)
+    n_sampled = sum(rollout.n_sampled for rollout in rollouts)
+    return {
+        "gate_risky": opened_rate(rollouts, risky=True),
+        "gate_harmless": opened_rate(rollouts, risky=False),
+        "valid": sum(turn is not None for turn in turns) / len(turns),
+        "safety_share": sum(rollout.safety_tokens for rollout in rollouts) / max(1, n_sampled),
+        "tokens": n_sampled / len(rollouts),
+    }
+
+
+def opened_rate(rollouts: list, risky: bool) -> float:
+    """Share of risky, or of harmless, steps in which the agent opened a check; 0 where there are
+    none. Steps of tasks without a label (None) are neither."""
+    gates = flat(rollout.gates for rollout in rollouts)
+    opened = [gate.opened for gate in gates if gate.risky is risky]
+    return sum(opened) / max(1, len(opened))
+
+
+def speed(groups: list, watched: list, advs: list, times: list) -> dict:
+    """Seconds of a step and tokens a second; times: its start, then when it had sampled, judged and
+    updated."""
+    began, sampled, judged, updated = times
+    n_sampled = sum(rollout.n_sampled for rollout in flat(groups) + watched)
+    live = [group for group, adv in zip(groups, advs) if adv.any()]
+    n_trained = sum(len(rollout.ids) for rollout in flat(live))
+    return {
+        "seconds": updated - began,
+        "sample_tok/s": n_sampled / (sampled - began),
+        "train_tok/s": n_trained / (updated - judged),
+    }
+
+
+def record(rollout: Rollout, adv: torch.Tensor, step: int) -> dict:
+    """One line of rollouts.jsonl: a trajectory, and what it was worth."""
+    return {
+        "step": step,
+        "task": rollout.task.id,
+        "trajectory": digest(transcript(rollout)),  # as verdicts.jsonl names it
+        "advantage": round(adv.item(), 4),
+        "ended": rollout.ended,
+        "tokens": rollout.n_sampled,
+        "gates": [[rounded(gate.p), gate.opened, gate.risky] for gate in rollout.gates],
+        "journal": [effect_record(effect) for effect in rollout.journal],
+        "turns": [turn_record(turn) for turn in rollout.turns],
+    }
+
+
+def effect_record(effect) -> list:
+    return [effect.step, effect.name, effect.arguments, effect.forbidden]
+
+
+def turn_record(turn) -> list | None:
+    """[plan, check, "answer" or a tool's name, its text or arguments]; None: it did not parse."""
+    if turn is None:
+        return None
+    if turn.kind == "answer":
+        return [turn.plan, turn.check, "answer", turn.text]
+    return [turn.plan, turn.check, turn.name, turn.arguments]
+
+
+def rounded(p: float | None) -> float | None:
+    return None if p is None else round(p, 3)
+
+
+# --------------------- the method ends here; what follows is plumbing -----------------------------
+def report(folder: "Folder", step: int, log: dict, groups: list, watched: list, verdicts: Verdicts,
+           rewards: list, advs: list, times: list) -> None:
+    """The first process prints the step's line and writes what the step did into the folder."""
+    if RANK != 0:
+        return
+    row = log_row(step, log, groups, watched, verdicts, rewards, advs, times)
+    folder.log("metrics", row)
+    for rollout, adv in zip(flat(groups), torch.cat(advs)):
+        folder.log("rollouts", record(rollout, adv, step))
+    tqdm.write(log_line(row))
+
+
+def progress_bar(first_step: int, steps: int):
+    """The numbers of the steps that are left, with a bar in the first process."""
+    hidden = True if RANK else None  # None: shown if standard error is a terminal
+    return tqdm(range(first_step, steps), initial=first_step, total=steps, disable=hidden)
+
+
+# ---------------------------------------------------------------------------- to stop, and to go on
+@dataclass
+class StepStart:
+    """Where the newest step began: what it takes to do that step again."""
+    step: int
+    random: tuple  # of `random_states`
+    is_whole: bool = True  # False from the moment the weights move until the step is written down
+
+    def move_to(self, step: int, random_states: tuple) -> None:
+        self.step = step
+        self.random = random_states
+        self.is_whole = True
+
+
+@contextmanager
+def resumable(folder: "Folder", model, optimizer, generator: torch.Generator, rng: random.Random):
+    """Goes on from the folder's state, if it has one, and yields a StepStart for the loop to keep.
+
+    Ctrl-C, or any error (a prompt too long, found when it is drawn): the state of the newest step's
+    start is saved, so that --resume does that step again. Of several processes nothing is saved
+    here, because the others may be anywhere; then the last tenth step is what is gone on from.
+    """
+    first_step = folder.restore(model, optimizer, generator, rng)
+    folder.open_logs(first_step)
+    start = StepStart(first_step, random_states(generator, rng))
+    try:
+        yield start
+    except (KeyboardInterrupt, Exception) as stop:
+        # The weights are those of the start as long as the optimiser has not moved.
+        can_repeat = start.is_whole and WORLD == 1
+        if can_repeat:
+            folder.save(model, optimizer, start.random, start.step)
+        if not isinstance(stop, KeyboardInterrupt):
+            raise
+        advice = "go on with the same arguments and --resume"
+        if not can_repeat:
+            advice += ", from the last step that was saved, if one was"
+        raise KeyboardInterrupt(f"stopped in step {start.step}; {advice}") from None
+
+
+def seeded_generators(seed: int, device: torch.device) -> tuple:
+    """-> (torch's generator, from which tokens are drawn; Python's, from which tasks are).
+
+    Each process draws tokens of its own, but all must draw the same tasks.
+    """
+    generator = torch.Generator(device).manual_seed(seed + 10**6 * RANK)
+    return generator, random.Random(seed)
+
+
+def random_states(generator: torch.Generator, rng: random.Random) -> tuple:
+    """-> ([the token generator's state in each process], the state of the tasks' generator)."""
+    return gather([generator.get_state()]), rng.getstate()
+
+
+class Folder:
+    """The folder of a run.
+
+    config.json      all options, the recipe, versions: `run_config`
+    metrics.jsonl    a line a step: `log_row`
+    rollouts.jsonl   a line a trajectory: `record`
+    verdicts.jsonl   the judge's ledger: preference.Judge
+    adapter/         the trained adapter, as peft writes one
+    state/           what --resume goes on from: `save`
+    """
+
+    def __init__(self, path: str | Path):
+        """ValueError: a file stands where the folder is to be."""
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.state_file = self.path / "state" / "state.pt"
+        self.state = None  # what `open_state` found, until `restore`
+        self.files = {}  # {name of a log: its open file}
+        if any(place.is_file() for place in (self.path, *self.path.parents)):
+            raise ValueError(f"--out {self.path}: a file is in the way; take another")
+
+    def open_state(self, options: dict) -> None:
+        """For --resume: reads the state, if this is a folder of a run with the same options.
+
+        A folder with a config.json and no state is of a run that was left before its first state
+        was saved (by a person at the judge's first question): it starts at step 0. ValueError:
+        there is nothing whole to go on from, or it is another run's.
+        """
+        if not self.state_file.exists() and not self.config_file.exists():
+            raise ValueError(f"--resume: no {self.state_file}; start without --resume")
+        config = model_.read_json(self.config_file)
+        if self.state_file.exists():
+            self.state = self._read_state()
+        for name, value in options.items():
+            if config.get(name) != value:
+                raise ValueError(
+                    f"--resume: --{name.replace('_', '-')} of {self.path} is {config.get(name)}, "
+                    f"not {value}; go on with that, or take another --out"
+                )
+
+    def _read_state(self) -> dict:
+        try:
+            # weights_only would refuse the random states; the file is this program's own.
+            state = torch.load(self.state_file, weights_only=False, map_location="cpu")
+            processes = len(state["random"][0])
+            if not {"step", "adapter", "optimizer"} <= state.keys():
+                raise KeyError
+        except Exception as error:  # a cut file raises almost anything
+            kind = type(error).__name__
+            raise ValueError(
+                f"{self.state_file}: not a whole state ({kind}); start without --resume") from None
+        if processes != WORLD:
+            raise ValueError(f"{self.state_file}: of {processes} processes; resume with as many")
+        return state
+
+    def begin(self, config: dict, resume: bool) -> None:
+        """From here on the folder is this run's, and --resume with the same options goes on."""
+        if RANK != 0:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            # An older run's: a later --resume would go on with that state, and eval.py would take
+            # that adapter for the new one.
+            self.state_file.unlink(missing_ok=True)
+            shutil.rmtree(self.path / "adapter", ignore_errors=True)
+        self.config_file.write_text(json.dumps(config, indent=1))
+
+    def restore(self, model, optimizer, generator: torch.Generator, rng: random.Random) -> int:
+        """Puts everything where the state has it -> the step to go on with; 0 without a state."""
+        if self.state is None:
+            return 0
+        state = self.state
+        self.state = None  # its copy of the adapter and of AdamW's averages is not needed twice
+        model_.load_adapter_state(model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        token_states, task_state = state["random"]
+        generator.set_state(token_states[RANK])
+        rng.setstate(task_state)
+        return state["step"]
+
+    def save(self, model, optimizer, random_states: tuple, step: int) -> None:
+        """Writes all that step `step` depends on: it is the next to be done."""
+        if RANK != 0:
+            return
+        for file in self.files.values():
+            file.flush()  # a state must not be ahead of its logs
+        state = {
+            "step": step,
+            "adapter": model_.adapter_state(model),
+            "optimizer": optimizer.state_dict(),
+            "random": random_states,
+        }
+        model_.write_whole(self.state_file, lambda path: torch.save(state, path))
+
+    def open_logs(self, step: int) -> None:
+        """Opens the logs to go on at a step. Lines of this step and later ones, which were written
+        after the state or by an older run, are dropped: those steps are done again."""
+        if RANK != 0:
+            return
+        for name in ("metrics", "rollouts"):
+            path = self.path / f"{name}.jsonl"
+            lines = earlier_lines(path, step) if step else []
+            path.write_text("".join(line + "\n" for line in lines), "utf-8")
+            self.files[name] = path.open("a", encoding="utf-8")
+
+    def log(self, name: str, row: dict) -> None:
+        """Adds a line to metrics.jsonl or rollouts.jsonl."""
+        self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def earlier_lines(path: Path, step: int) -> list:
+    """The lines of a log that are of steps before this one. ValueError: it is no log of ours."""
+    try:
+        return [line for line in model_.read_lines(path) if json.loads(line)["step"] < step]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path}: not a log of this run; move it away") from None
+
+
+# ------------------------------------------------------------------------------------ the processes
+# torchrun tells each process its number, how many there are, and its number on this machine.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
+def start_processes() -> None:
+    if WORLD > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)
+
+
+def share(items: list) -> list:
+    """This process's part of a list: neighbours, and of nearly equal numbers."""
     return items[RANK * len(items) // WORLD:(RANK + 1) * len(items) // WORLD]
 
 
-def gather(items):
-    """The lists of all processes as one, each process gets it: whole again after `share`."""
-    parts = [items]
-    if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, items)
-    return [x for part in parts for x in part]
+def gather(items: list) -> list:
+    """The lists of all processes as one, in every process: whole again after `share`."""
+    if WORLD == 1:
+        return items
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, items)
+    return flat(parts)
 
 
 def from_first(make):
@@ -165,309 +867,189 @@ def from_first(make):
     return box[0]
 
 
-def add_up(log, trained):
-    """Sums the processes' gradients and logs, so that each takes the same step: the normaliser is that of all."""
+def add_up(log: dict, trained: list) -> dict:
+    """Sums the processes' gradients and logs, so that each takes the same step. A sum and no mean:
+    every process divided by the normaliser of all."""
     if WORLD == 1:
         return log
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
-    dist.all_reduce(flat)
-    if flat.any():  # else every process keeps its None, which AdamW skips
-        for p, g in zip(trained, flat.split([p.numel() for p in trained])):
-            p.grad = g.view_as(p)
+    flat_gradient = torch.cat([gradient_of(p) for p in trained])
+    dist.all_reduce(flat_gradient)
+    # Where no process had any gradient every one keeps its None, which AdamW skips.
+    if flat_gradient.any():
+        sizes = [p.numel() for p in trained]
+        for p, part in zip(trained, flat_gradient.split(sizes)):
+            p.grad = part.view_as(p)
+
     logs = gather([log])
-    return {k: (max if k == "drift" else sum)(part[k] for part in logs) for k in log}
+    total = {}
+    for name in log:
+        values = [each[name] for each in logs]
+        total[name] = max(values) if name == "drift" else sum(values)
+    return total
 
 
-def accumulate(model, tokenizer, batch, args):
-    """The gradient of this process's groups, micro-batch by micro-batch -> {"loss", "kl", "clipped", "drift", "off",
-    "trained"}: drift is the largest |logprob - that of the sampling|, off their sum over the trained tokens.
-
-    GRPO takes every trajectory of the groups that carry an advantage, the direct loss every pair that one side won."""
-    log, grpo = dict(loss=0.0, kl=0.0, clipped=0.0, drift=0.0, off=0.0, trained=0), args.objective == "grpo"
-    n_pairs = sum(len(pairs(P)) for P in batch.P)
-    if grpo:  # a group is a unit, or slices of it that stay under the budget
-        units = [(g[i:i + n], adv[i:i + n].tolist())
-                 for g, adv in share([both for both in zip(batch.groups, batch.adv) if both[1].any()])
-                 for n in [next((n for n in range(len(g), 1, -1) if all(
-                     length(g[i:i + n]) <= args.micro_tokens for i in range(0, len(g), n))), 1)]
-                 for i in range(0, len(g), n)]
-    else:
-        units = [((g[i], g[j]), ()) for g, P in share(list(zip(batch.groups, batch.P))) for i, j in pairs(P).tolist()]
-    for part in micro_batches(units, lambda unit: length(unit[0]), args.micro_tokens):
-        rollouts = [r for unit, _ in part for r in unit]
-        old = torch.tensor([lp for r in rollouts for lp in r.logprobs], device=model.device)
-        with torch.no_grad(), model.adapter_off():
-            ref = sampled_logprobs(model, tokenizer, rollouts, gate_mode=args.gate)
-        new = sampled_logprobs(model, tokenizer, rollouts, gate_mode=args.gate)
-        if grpo:
-            adv = torch.tensor([a for unit in part for r, a in zip(*unit) for _ in r.logprobs], device=model.device)
-            loss, kl, clipped = grpo_loss(new, old, ref, adv, batch.n_tokens, kl_coef=args.kl_coef)
-            log["kl"], log["clipped"] = log["kl"] + kl.item(), log["clipped"] + clipped.item()
-        else:
-            sizes = [len(r.logprobs) for r in rollouts]
-            lp, ref_lp = (torch.stack([s.sum() for s in x.split(sizes)]) for x in (new, ref))  # (2 pairs,)
-            cost = length_penalty([r.n_sampled for r in rollouts], args.length_budget).to(model.device)
-            loss = dpo_loss(lp[::2], lp[1::2], ref_lp[::2], ref_lp[1::2], cost[::2], cost[1::2], n_pairs)
-        loss.backward()
-        log["loss"] += loss.item()
-        off = (new.detach() - old).abs()
-        log |= dict(drift=max(log["drift"], off.max().item()), off=log["off"] + off.sum().item(),
-                    trained=log["trained"] + len(off))
-    return log
+def gradient_of(p: torch.Tensor) -> torch.Tensor:
+    """(numel,); zeros where this process had nothing to train on."""
+    return torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
 
 
-def describe(rollouts):
-    """What a step's rollouts look like: gate rate on risky and harmless steps, safety-token share, endings."""
-    gates = [g for r in rollouts for g in r.gates]
-    rate = {kind: [opened for _, opened, risky in gates if risky is kind] for kind in (True, False)}
-    turns = [t for r in rollouts for t in r.turns]
-    return dict(
-        gate_risky=sum(rate[True]) / max(1, len(rate[True])), gate_harmless=sum(rate[False]) / max(1, len(rate[False])),
-        valid=sum(t is not None for t in turns) / len(turns),
-        safety_share=sum(r.safety_tokens for r in rollouts) / max(1, sum(r.n_sampled for r in rollouts)),
-        tokens=sum(r.n_sampled for r in rollouts) / len(rollouts))
+# ------------------------------------------------------------------------------ arguments, and main
+# Options that make a run what it is: --resume with another value of one is refused.
+IDENTITY = (
+    "model", "data", "judge", "pairs", "reward", "objective", "gate", "group_size", "seed",
+)
+LEAST = {
+    "steps": 1,
+    "tasks": 1,
+    "group_size": 2,  # one trajectory makes no pair
+    "lr": 0,
+    "kl_coef": 0,
+    "length_budget": 1,
+    "seed": 0,
+}
 
 
-class Folder:
-    """The folder of a run: config.json, metrics.jsonl, rollouts.jsonl, verdicts.jsonl, adapter/, state/. ValueError: of
-    --resume, where there is nothing whole to go on from, or another run."""
-
-    def __init__(self, args):
-        self.dir = Path(args.out or f"runs/{Path(args.model).name}")
-        self.state = self.dir / "state" / "state.pt"
-        self.logs, self.old = {}, None
-        if any(path.is_file() for path in (self.dir, *self.dir.parents)):
-            raise ValueError(f"--out {self.dir}: a file is in the way; take another")
-        if not args.resume:
-            return
-        try:
-            self.old = torch.load(self.state, weights_only=False, map_location="cpu")
-            processes, was = len(self.old["random"][0]), model_.read_json(self.dir / "config.json")
-            if not {"step", "adapter", "optimizer"} <= self.old.keys():
-                raise KeyError
-        except FileNotFoundError:
-            raise ValueError(f"--resume: no {self.state}; start without --resume") from None
-        except Exception as error:  # a cut file raises almost anything
-            kind = type(error).__name__
-            raise ValueError(f"{self.state}: not a whole state ({kind}); start without --resume") from None
-        if processes != WORLD:
-            raise ValueError(f"{self.state}: of {processes} processes; resume with as many")
-        for name in ("model", "data", "judge", "pairs", "reward", "objective", "gate", "group_size", "seed"):
-            if was.get(name) != vars(args)[name]:
-                raise ValueError(f"--resume: --{name.replace('_', '-')} of {self.dir} is {was.get(name)}, "
-                                 f"not {vars(args)[name]}; go on with that, or take another --out")
-
-    def open_logs(self, step):
-        """Logs of steps >= step (written after the state that is resumed, or by an older run) are dropped."""
-        if RANK:
-            return
-        for name in ("metrics", "rollouts"):
-            path = self.dir / f"{name}.jsonl"
-            try:
-                kept = [line for line in model_.read_lines(path) if json.loads(line)["step"] < step] if step else []
-            except (ValueError, LookupError, TypeError):
-                raise ValueError(f"{path}: not a log of this run; move it away") from None
-            path.write_text("".join(line + "\n" for line in kept), "utf-8")
-            self.logs[name] = path.open("a", encoding="utf-8")
-
-    def log(self, name, row):
-        self.logs[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def save(self, model, optimizer, random_states, step):
-        """All that the next step depends on."""
-        for log in self.logs.values():
-            log.flush()
-        state = {"step": step, "adapter": model_.adapter_state(model), "optimizer": optimizer.state_dict(),
-                 "random": random_states}
-        model_.write_whole(self.state, lambda path: torch.save(state, path))
-
-    def restore(self, model, optimizer, generator, rng):
-        """-> the step to go on with."""
-        state, self.old = self.old, None
-        model_.load_adapter_state(model, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["random"][0][RANK])
-        rng.setstate(state["random"][1])
-        return state["step"]
+def argument_parser() -> Parser:
+    """An option without a default takes the recipe's."""
+    p = Parser(prog="train.py", description="Train an agent with MOSAIC.", allow_abbrev=False)
+    option = p.add_argument
+    option("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
+    option("--data", default="train",
+           help="an embedded suite, a .jsonl file or Agent-SafetyBench's folder")
+    option("--judge", default="rule",
+           help="rule | model | endpoint | human | a verdicts.jsonl, to replay it")
+    add_judge_flags(p)
+    option("--pairs", choices=("all", "sorted"), default=Recipe.pairs,
+           help="sorted: skip what follows")
+    option("--reward", choices=("pairwise", "scalar"), default=Recipe.reward)
+    option("--objective", choices=("grpo", "dpo"), default=Recipe.objective)
+    option("--gate", type=gate_option, default=Recipe.gate,
+           help="learned | always | never | a bias on its logit")
+    option("--steps", type=int)
+    option("--tasks", type=int, help="tasks a step")
+    option("--group-size", type=int, default=Recipe.group_size, help="n trajectories a task [1]")
+    option("--lr", type=float)
+    option("--kl-coef", type=float)
+    option("--length-budget", type=int,
+           help="L0 of the length penalty, in sampled tokens of a trajectory")
+    option("--seed", type=int, default=Recipe.seed)
+    option("--out", help="default: runs/<model>")
+    option("--resume", action="store_true", help="go on from --out's state/")
+    option("--no-eval", action="store_true", help="skip the closing table")
+    return p
 
 
-def git_commit():
+def arguments(argv: list | None = None):
+    """The command line, checked -> argparse's namespace, which `run` takes apart."""
+    p = argument_parser()
+    args = p.parse_args(argv)
+    for name, least in LEAST.items():
+        value = vars(args)[name]
+        if value is not None and not least <= value <= 10**9:  # NaN is in no range
+            p.error(f"--{name.replace('_', '-')} {value}: expected {least} to 10^9")
+    if args.objective == "dpo" and args.reward == "scalar":
+        p.error("--objective dpo trains on pairs: it takes no --reward scalar")
+    return args
+
+
+def recipe_for(family: str, options: dict) -> Recipe:
+    """The family's recipe; an option that was given goes before it."""
+    given = {}
+    for field in fields(Recipe):
+        if options.get(field.name) is not None:
+            given[field.name] = options[field.name]
+    return replace(RECIPE[family], **given)
+
+
+def family_of(model_name: str) -> str:
+    """ValueError: no such checkpoint. tiny may not be built yet, and needs no look."""
+    if model_name == "tiny":
+        return "tiny"
+    file = model_.find(model_name) / "config.json"
+    return model_.Config(model_.read_json(file), file).family
+
+
+def check_tasks(tasks: list, name: str, n_drawn: int, needs_labels: bool) -> None:
+    """ValueError: too few tasks for one step, or none of the labels that rewards are made from."""
+    if n_drawn > len(tasks):
+        raise ValueError(
+            f"--tasks {n_drawn}: {name} has only {len(tasks)} tasks: take no more")
+    if needs_labels and any(task.label is None for task in tasks):
+        raise ValueError(
+            f"--data {name}: its records have no labels: take --judge model, endpoint or human, "
+            "and --reward pairwise"
+        )
+
+
+def run_config(options: dict, recipe: Recipe, device: str | None) -> dict:
+    """What config.json holds. device: None before the model is loaded."""
+    config = dict(options)
+    config.update(asdict(recipe))
+    config["commit"] = git_commit()
+    config["python"] = platform.python_version()
+    config["torch"] = torch.__version__
+    config["device"] = device
+    config["threads"] = torch.get_num_threads()
+    config["system"] = SYSTEM_VERSION  # of the agent's system prompt
+    return config
+
+
+def git_commit() -> str | None:
+    """None: no git, or no repository."""
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                              text=True).stdout.strip() or None
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                               capture_output=True, text=True)
     except OSError:
         return None
+    return found.stdout.strip() or None
 
 
-def record(rollout, adv, step):
-    """One line of rollouts.jsonl."""
-    return dict(
-        step=step, task=rollout.task.id, trajectory=digest(transcript(rollout)),  # as in verdicts.jsonl
-        advantage=round(adv.item(), 4), ended=rollout.ended, tokens=rollout.n_sampled,
-        gates=[[p and round(p, 3), opened, risky] for p, opened, risky in rollout.gates],
-        journal=[[e.step, e.name, e.arguments, e.unsafe or e.injected or e.leaking] for e in rollout.journal],
-        turns=[t and [t.plan, t.check, t.name or "answer", t.text if t.name is None else t.arguments]
-               for t in rollout.turns])
+def run(args) -> None:
+    """Checks everything, trains, saves the adapter, and prints base beside trained."""
+    start_processes()
+    options = vars(args)
+    folder = Folder(args.out or run_folder(args.model))
+    if args.resume:
+        folder.open_state({name: options[name] for name in IDENTITY})
+    tasks = data.load(args.data, training=True)
+    recipe = recipe_for(family_of(args.model), options)
+    needs_labels = args.judge == "rule" or recipe.reward == "scalar"
+    check_tasks(tasks, args.data, recipe.tasks, needs_labels)
+    judge = None
+    if RANK == 0:
+        judge = open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
+                           folder.path / "verdicts.jsonl")
 
-
-def canaries(judge, step):
-    """Pairs with a known answer, asked anew each time (a canary's id holds the step) -> share that the better one wins.
-    RuntimeError: the worse one wins somewhere, or the better one nowhere."""
-    played = []
-    for suite, (better, worse) in CANARIES.items():
-        task = next(t for t in data.load(suite) if t.goal and (t.injected or t.secrets or suite in ("harm", "benign")))
-        task = replace(task, id=f"canary {step}: {task.id}")
-        played.append([play(task, better(task)), play(task, worse(task))])
-    judge.prepare([pair for two in played for pair in permutations(two, 2)])
-    won = [compare(judge, two)[0, 1].item() for two in played]
-    if 0 in won or 1 not in won:
-        raise RuntimeError(f"step {step}: judge {judge.name} fails its canaries: " + ", ".join(
-            f"{suite} {'lost' if p == 0 else 'won' if p == 1 else 'not won'}" for suite, p in zip(CANARIES, won)))
-    return won.count(1) / len(won)
-
-
-def sample(model, tokenizer, tasks, frozen, args, generator):
-    """-> (rollouts of the tasks, group after group; one rollout of each frozen task), all in one batch a process."""
-    tasks, frozen = share(tasks), share(frozen)
-    sizes = [args.group_size] * len(tasks) + [1] * len(frozen)
-    rollouts = rollout(model, tokenizer, tasks + frozen, sizes, grammar="free", gate_mode=args.gate, generator=generator)
-    n = len(rollouts) - len(frozen)
-    return gather(rollouts[:n]), gather(rollouts[n:])
-
-
-def gradient(model, tokenizer, batch, args, step, optimizer):
-    """Accumulates the gradient, clips it -> what the log line says of it. RuntimeError: drift or divergence."""
-    for group in optimizer.param_groups:  # warm-up over 5 steps, then linearly to a tenth
-        group["lr"] = args.lr * min((step + 1) / 5, 1 - 0.9 * step / args.steps)
-    optimizer.zero_grad()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    log = add_up(accumulate(model, tokenizer, batch, args), trained)
-    log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-    log["drift_mean"] = log.pop("off") / max(1, log.pop("trained"))
-    most, mean = MAX_DRIFT[model.dtype]
-    if not (math.isfinite(log["grad_norm"]) and log["drift"] <= most and log["drift_mean"] <= mean):
-        raise RuntimeError(f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| {log['drift']:.3g}, "
-                           f"mean {log['drift_mean']:.3g}: sampler and trainer disagree, or the run diverged; --resume "
-                           "goes on before it (one process: in this very step): take a lower --lr with it")
-    return log
-
-
-def train(args, model, tokenizer, tasks, folder, judge):
-    """The loop. Everything random comes from --seed: tasks from `rng`, tokens from `generator`."""
-    seed = args.seed + 10 ** 6 * RANK  # each process draws other tokens, and all draw the same tasks
-    generator, rng = torch.Generator(model.device).manual_seed(seed), random.Random(args.seed)
-    frozen = random.Random(-1 - args.seed).sample(tasks, min(N_FROZEN, len(tasks)))
-    with model.adapter_off():
-        base = sample(model, tokenizer, [], frozen, args, torch.Generator(model.device).manual_seed(seed))[1]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
-    first = folder.restore(model, optimizer, generator, rng) if args.resume else 0
-    folder.open_logs(first)
-    step, mark, updating = first, ([generator.get_state()], rng.getstate()), False
+    # Is the judge there, and can it tell? The first step finds these answers in the ledger.
     try:
-        for step in tqdm(range(first, args.steps), initial=first, total=args.steps, disable=True if RANK else None):
-            start = time.perf_counter()
-            rollouts, watched = sample(model, tokenizer, rng.sample(tasks, args.tasks), frozen, args, generator)
-            sampled = time.perf_counter()
-            def judged():
-                won = None if step % 10 else canaries(judge, step)
-                batch = Batch(rollouts, args, judge)
-                judge.prepare([pair for two in zip(watched, base) for pair in permutations(two, 2)])
-                return won, batch
-            won, batch = from_first(judged)
-            ready = time.perf_counter()
-            row = {"step": step, **gradient(model, tokenizer, batch, args, step, optimizer)}
-            updating = True
-            optimizer.step()
-            states = gather([generator.get_state()])
-            if RANK:
-                continue
-            done, trained = time.perf_counter(), [r for g, a in zip(batch.groups, batch.adv) if a.any() for r in g]
-            row |= dict(win_rate=win_rate(judge, watched, base)[0], shares=batch.shares, tied=batch.tied,
-                        judge=batch.audit | {"canaries": won}, **describe(rollouts), seconds=done - start)
-            row["sample_tok/s"] = sum(r.n_sampled for r in rollouts + watched) / (sampled - start)
-            row["train_tok/s"] = sum(len(r.ids) for r in trained) / (done - ready)
-            folder.log("metrics", row)
-            for r, a in zip(rollouts, torch.cat(batch.adv)):
-                folder.log("rollouts", record(r, a, step))
-            tqdm.write(line(row))
-            if (step + 1) % 10 == 0 or step + 1 == args.steps:
-                folder.save(model, optimizer, (states, rng.getstate()), step + 1)
-            step, mark, updating = step + 1, (states, rng.getstate()), False
-    except (KeyboardInterrupt, Exception) as stop:
-        # the weights are those of the step's start: with its random states (one process's), the step can be repeated
-        if whole := not updating and WORLD == 1:
-            folder.save(model, optimizer, mark, step)
-        if not isinstance(stop, KeyboardInterrupt):
-            raise
-        where = "" if whole else ", from the last step that was saved, if one was"
-        raise KeyboardInterrupt(f"stopped in step {step}; go on with the same arguments and --resume{where}") from None
-    if RANK == 0:
-        model_.save_adapter(model, folder.dir / "adapter", args.model)
+        from_first(lambda: canaries(judge, 0))
+    except KeyboardInterrupt:
+        # A person may leave at the first question, and go on with --resume.
+        folder.begin(run_config(options, recipe, device=None), args.resume)
+        raise
 
-
-def line(row):
-    """One step, one line. loss near 0 is expected (ratio 1), r_align's mean is always (n - 1) / 2: watch win."""
-    judge = {k: "-" if v is None else f"{v:.2f}" for k, v in ({"win": row["win_rate"]} | row["judge"]).items()}
-    share = " ".join(f"{k[0]} {v:+.2f}" for k, v in row["shares"].items()) or "-"
-    return (f"{row['step']:3d} loss {row['loss']:+.3f} |g| {row['grad_norm']:.2f} kl {row['kl']:.4f} "
-            f"win {judge['win']} shares {share} tied {row['tied']:.2f} flip {judge['flip']} cyc {judge['cyclic']} "
-            f"fail {judge['failed']} kappa {judge['kappa']} gate {row['gate_risky']:.2f}/{row['gate_harmless']:.2f} "
-            f"valid {row['valid']:.2f} tok {row['tokens']:.0f} "
-            f"safety {row['safety_share']:.2f} tok/s {row['sample_tok/s']:.0f}/{row['train_tok/s']:.0f} "
-            f"diff {row['drift']:.1e} mean {row['drift_mean']:.1e} {row['seconds']:.1f}s")
-
-
-def run(args):
-    """Checks everything, then trains, saves the adapter and prints base beside trained."""
-    if WORLD > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(LOCAL)
-    folder, tasks = Folder(args), data.load(args.data, training=True)
-    family = "tiny"
-    if args.model != family:  # which may not be built yet
-        where = model_.find(args.model) / "config.json"
-        family = model_.Config(model_.read_json(where), where).family
-    for name, value in RECIPE[family].items():
-        if vars(args).get(name) is None:
-            setattr(args, name, value)
-    if args.tasks > len(tasks):
-        raise ValueError(f"--tasks {args.tasks}: {args.data} has only {len(tasks)} tasks: take no more")
-    if any(task.label is None for task in tasks) and (args.judge == "rule" or args.reward == "scalar"):
-        raise ValueError(f"--data {args.data}: its records have no labels: take --judge model, endpoint or human, "
-                         "and --reward pairwise")
-    judge = None if RANK else open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
-                                         folder.dir / "verdicts.jsonl")
-    from_first(lambda: canaries(judge, 0))  # is it there, and can it tell? The first step finds these in the ledger
-    from_first(lambda: data.ensure_base(args.model))
+    from_first(lambda: data.ensure_base(args.model))  # minutes, so after all checks
     model, tokenizer = model_.load(args.model)
-    model.recompute = args.recompute
-    model_.add_lora(model, args.rank, args.alpha, generator=torch.Generator().manual_seed(args.seed))
-    config = vars(args) | dict(commit=git_commit(), python=platform.python_version(), torch=torch.__version__,
-                               device=str(model.device), threads=torch.get_num_threads(), system=SYSTEM_VERSION)
+    model.recompute = recipe.recompute
+    adapter_generator = torch.Generator().manual_seed(recipe.seed)
+    model_.add_lora(model, recipe.rank, recipe.alpha, generator=adapter_generator)
+    folder.begin(run_config(options, recipe, str(model.device)), args.resume)
+
+    train(model, tokenizer, tasks, judge, folder, recipe)
+
     if RANK == 0:
-        folder.dir.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            folder.state.unlink(missing_ok=True)  # an older run's: a later --resume would go on with that one,
-            shutil.rmtree(folder.dir / "adapter", ignore_errors=True)  # and eval.py take this for the new one's
-        (folder.dir / "config.json").write_text(json.dumps(config, indent=1))
-    train(args, model, tokenizer, tasks, folder, judge)
+        model_.save_adapter(model, folder.path / "adapter", args.model)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0 and not args.no_eval:
-        evaluation.closing(model, tokenizer, args.gate)
+        evaluation.closing(model, tokenizer, recipe.gate)
 
 
-def main():
-    try:
-        run(arguments())
-    except KeyboardInterrupt as stop:
-        sys.exit(print(f"\ntrain.py: {str(stop) or 'interrupted; no step was cut'}", file=sys.stderr) or 130)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
-    except (RuntimeError, OSError) as error:
-        place = f" process {RANK} of {WORLD} (if another ended first, its line says why)" if WORLD > 1 else ""
-        sys.exit(print(f"train.py{place}: {error}", file=sys.stderr) or 1)
+def main() -> None:
+    name = "train.py"
+    if WORLD > 1:
+        name += f" process {RANK} of {WORLD} (if another ended first, its line says why)"
+    run_command(name, lambda: run(arguments()))
 
 
 if __name__ == "__main__":

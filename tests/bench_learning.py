@@ -1,12 +1,15 @@
-"""The README's learning tables: five runs (seeds 0-4 on bases 0, 1, 2, 0, 1), held-out splits, late temptation.
+"""The learning tables: five runs (seeds 0-4 on bases 0, 1, 2, 0, 1), held-out splits, late
+temptation.
 
-    python tests/bench_learning.py                                                    # runs/table
-    python tests/bench_learning.py --seeds 0 1 2 --splits domains --train "--reward scalar" --runs runs/scalar
+    python tests/bench_learning.py               # runs/table
+    python tests/bench_learning.py --seeds 0 1 2 --splits domains \
+        --train "--reward scalar" --runs runs/scalar
 
-Builds the bases that are missing, trains, evaluates, and prints one row a metric (mean, and the value of each run) and
-one JSON line. Everything runs through the commands a user would type; what is there already is not made again. The late
-tasks are fresh rows of the unseen domains whose harm shows only after two or three legitimate calls. About an hour for
-the five runs on two cores; nothing in it is a test.
+Builds the bases that are missing, trains, evaluates, and prints one row a metric (mean, and the
+value of each run) and one JSON line. Everything runs through the commands a user would type; what
+is there already is not made again. The late tasks are fresh rows of the unseen domains whose harm
+shows only after two or three legitimate calls. About an hour for the five runs on two cores;
+nothing in it is a test.
 """
 import argparse
 import json
@@ -19,40 +22,81 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import suites  # noqa: E402
 
-ROWS = [("harm", "harmful_compliance"), ("harm", "early_refusal"), ("harm", "late_abort"), ("harm", "youden_j"),
-        ("harm", "over_refusal"), ("injection", "injection_obeyed"), ("injection", "obeyed_no_attack"),
-        ("injection", "completion_under_attack"), ("injection", "over_refusal"), ("privacy", "leak"),
-        ("privacy", "adjusted_leakage"), ("privacy", "benign_completion"), ("privacy", "over_refusal"),
-        ("benign", "benign_completion"), ("benign", "over_refusal"), ("all", "gate_recall"), ("all", "gate_false_open"),
-        ("all", "gate_precision"), ("all", "safety_share"), ("all", "format_valid"), ("all", "unscored"),
-        ("all", "tokens")]
-LATE = [("harm", name) for name in ("early_refusal", "late_abort", "harmful_compliance", "over_refusal",
-                                    "benign_completion", "youden_j")]
+N_BASES = 3  # run `seed` starts from base `seed % N_BASES`
+
+# (suite, metric); suite "all": over all suites, see `pooled`
+ROWS = [
+    ("harm", "harmful_compliance"),
+    ("harm", "early_refusal"),
+    ("harm", "late_abort"),
+    ("harm", "youden_j"),
+    ("harm", "over_refusal"),
+    ("injection", "injection_obeyed"),
+    ("injection", "obeyed_no_attack"),
+    ("injection", "completion_under_attack"),
+    ("injection", "over_refusal"),
+    ("privacy", "leak"),
+    ("privacy", "adjusted_leakage"),
+    ("privacy", "benign_completion"),
+    ("privacy", "over_refusal"),
+    ("benign", "benign_completion"),
+    ("benign", "over_refusal"),
+    ("all", "gate_recall"),
+    ("all", "gate_false_open"),
+    ("all", "gate_precision"),
+    ("all", "safety_share"),
+    ("all", "format_valid"),
+    ("all", "unscored"),
+    ("all", "tokens"),
+]
+FREE = [("all", "format_valid")]
+LATE = [
+    ("harm", "early_refusal"),
+    ("harm", "late_abort"),
+    ("harm", "harmful_compliance"),
+    ("harm", "over_refusal"),
+    ("harm", "benign_completion"),
+    ("harm", "youden_j"),
+]
 
 
-def command(*parts):
+def run_command(*parts):
+    """Runs a command of the repository -> the seconds it took."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, parts)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, *map(str, parts)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
-def late_tasks(path, n=250):
+def write_late_tasks(path, n=250):
     """A file of n harmful tasks with late temptation and their twins, all of unseen domains."""
-    table = {row["name"]: row for row in suites.tool_rows()}
-    rows = [row for row in suites.generate("harm", "domains", 16 * n, 1) if row["meta"]["late"]][:2 * n]
+    tools = {row["name"]: row for row in suites.tool_rows()}
+    drawn = suites.generate("harm", "domains", 16 * n, 1)
+    rows = [row for row in drawn if row["meta"]["late"]][:2 * n]
     assert len(rows) == 2 * n, len(rows)
+    lines = []
+    for row in rows:
+        row["tools"] = [tools[name] for name in row["tools"]]
+        lines.append(json.dumps(row) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row | {"tools": [table[t] for t in row["tools"]]}) + "\n" for row in rows))
+    path.write_text("".join(lines))
 
 
-def pooled(suites, split, column, metric):
+def pooled(results, split, column, metric):
     """A rate over all suites of a split: counts add up; a share weighs by its tokens."""
-    cells = [s[split][column][metric] for s in suites.values() if metric in s[split].get(column, {})]
-    n = sum(c["n"] for c in cells)
-    return sum(c["value"] * c["n"] for c in cells) / n if n else None
+    cells = []
+    for splits in results.values():
+        cells_of_column = splits[split].get(column, {})
+        if metric in cells_of_column:
+            cells.append(cells_of_column[metric])
+    n = sum(cell["n"] for cell in cells)
+    if n == 0:
+        return None
+    return sum(cell["value"] * cell["n"] for cell in cells) / n
 
 
 def value(result, suite, split, column, metric):
+    """One number of an eval.py --json file; None: it is not there."""
     if suite == "all":
         return pooled(result["results"], split, column, metric)
     cell = result["results"][suite][split].get(column, {}).get(metric)
@@ -60,47 +104,77 @@ def value(result, suite, split, column, metric):
 
 
 def show(title, results, split, rows):
-    """Prints one table -> {row name: {"base": values, "trained": values}}"""
+    """Prints one table -> {row name: {"base": values, "trained": values}}, a value a run."""
     table = {}
     print(f"\n{title:<36}{'base':>7}{'trained':>9}   each run")
     for suite, metric in rows:
-        base, trained = [[value(r, suite, split, column, metric) for r in results] for column in ("base", "adapter")]
-        if None not in base + trained:
-            table[f"{suite} {metric}"] = {"base": base, "trained": trained}
-            print(f"{suite + ' ' + metric:<36}{sum(base) / len(base):7.3f}{sum(trained) / len(trained):9.3f}   "
-                  + " ".join(f"{v:.3f}" for v in trained))
+        base = [value(result, suite, split, "base", metric) for result in results]
+        trained = [value(result, suite, split, "adapter", metric) for result in results]
+        if None in base + trained:
+            continue
+        name = f"{suite} {metric}"
+        table[name] = {"base": base, "trained": trained}
+        each = " ".join(f"{number:.3f}" for number in trained)
+        base_mean = sum(base) / len(base)
+        trained_mean = sum(trained) / len(trained)
+        print(f"{name:<36}{base_mean:7.3f}{trained_mean:9.3f}   {each}")
+    return table
+
+
+def train_one(seed, out, more, seconds):
+    """The base and the run of a seed, made if they are not there -> their two folders."""
+    base = ROOT / "checkpoints" / f"tiny-{seed % N_BASES}"
+    run = out / f"seed{seed}"
+    if not (base / "config.json").is_file():
+        took = run_command("data/tiny.py", "--seed", seed % N_BASES, "--out", base)
+        seconds["build"].append(took)
+    if not (run / "adapter" / "adapter_config.json").is_file():
+        took = run_command("train.py", "--model", base, "--seed", seed, "--out", run, "--no-eval",
+                           *more)
+        seconds["train"].append(took)
+    return base, run
+
+
+def evaluations(splits, late_file):
+    """{name: the arguments of eval.py}"""
+    table = {split: ("--split", split) for split in splits}
+    table["free"] = ("--split", "domains", "--grammar", "free")
+    table["late"] = ("--suite", "harm", "--data", late_file)
     return table
 
 
 def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("--runs", default="runs/table")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    p.add_argument("--splits", nargs="+", default=["domains", "combinations", "wordings"])
-    p.add_argument("--train", default="", help="more arguments for train.py")
-    args = p.parse_args()
-    out, seconds, results = ROOT / args.runs, {"build": [], "train": [], "evaluate a split": []}, {}
-    late_tasks(out / "late.jsonl")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", default="runs/table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--splits", nargs="+", default=["domains", "combinations", "wordings"])
+    parser.add_argument("--train", default="", help="more arguments for train.py")
+    args = parser.parse_args()
+
+    out = ROOT / args.runs
+    late_file = out / "late.jsonl"
+    write_late_tasks(late_file)
+    jobs = evaluations(args.splits, late_file)
+    seconds = {"build": [], "train": [], "evaluate a split": []}
+    results = {name: [] for name in jobs}  # {name: [eval.py's JSON of each seed]}
     for seed in args.seeds:
-        base, run = ROOT / "checkpoints" / f"tiny-{seed % 3}", out / f"seed{seed}"
-        if not (base / "config.json").is_file():
-            seconds["build"].append(command("data/tiny.py", "--seed", seed % 3, "--out", base))
-        if not (run / "adapter" / "adapter_config.json").is_file():
-            seconds["train"].append(command("train.py", "--model", base, "--seed", seed, "--out", run, "--no-eval",
-                                            *args.train.split()))
-        jobs = [(split, ("--split", split)) for split in args.splits]
-        jobs += [("free", ("--split", "domains", "--grammar", "free")),
-                 ("late", ("--suite", "harm", "--data", out / "late.jsonl"))]
-        for name, more in jobs:
+        base, run = train_one(seed, out, args.train.split(), seconds)
+        for name, options in jobs.items():
             file = run / f"{name}.json"
             if not file.is_file():
-                took = command("eval.py", "--model", base, "--adapter", run / "adapter", "--json", file, *more)
-                seconds["evaluate a split"] += [took] * (name in args.splits)
-            results.setdefault(name, []).append(json.loads(file.read_text()))
-    table = {split: show(f"{split}, strict grammar", results[split], split, ROWS) for split in args.splits}
-    table["free"] = show("domains, free grammar", results["free"], "domains", [("all", "format_valid")])
+                took = run_command("eval.py", "--model", base, "--adapter", run / "adapter",
+                                   "--json", file, *options)
+                if name in args.splits:
+                    seconds["evaluate a split"].append(took)
+            results[name].append(json.loads(file.read_text()))
+
+    table = {}
+    for split in args.splits:
+        table[split] = show(f"{split}, strict grammar", results[split], split, ROWS)
+    table["free"] = show("domains, free grammar", results["free"], "domains", FREE)
     table["late"] = show("late temptation, domains, strict", results["late"], "domains", LATE)
-    print(json.dumps({"seeds": args.seeds, "train": args.train, "seconds": seconds, "table": table}))
+    log = {"seeds": args.seeds, "train": args.train, "seconds": seconds, "table": table}
+    print(json.dumps(log))
 
 
 if __name__ == "__main__":

@@ -235,7 +235,8 @@ def forced():
     """Strict turns of the tiny base, and of random weights (which chat until the budget ends): how many of the agent's
     tokens needed no forward of their own."""
     rows = []
-    for name, path in (("the tiny base", tiny.ensure() or "tiny"), ("random", checkpoint("tiny"))):
+    data.ensure_base("tiny")
+    for name, path in (("the tiny base", "tiny"), ("random", checkpoint("tiny"))):
         model, tokenizer = model_.load(path, "cpu")
         generator = torch.Generator().manual_seed(0)
         done = mosaic.rollout(model, tokenizer, data.load("train")[:32], 2, generator=generator)

@@ -1,4 +1,5 @@
-"""Makes the six files importable from any directory and keeps the oracles (transformers, peft) off the network."""
+"""Makes the six files importable from any directory and keeps the oracles (transformers, peft) off
+the network."""
 import os
 import sys
 from pathlib import Path
@@ -11,10 +12,19 @@ import pytest  # noqa: E402
 
 @pytest.fixture
 def decided(monkeypatch):
-    """One side wins every pair: rollouts of an untrained model would all tie, and no step would have a gradient."""
+    """One side wins every pair: rollouts of an untrained model would all tie, and no step would
+    have a gradient."""
     import train
+    compare = train.compare
 
-    def by_ids(judge, group, ledger=None, compare=train.compare):
-        return compare(lambda a, b: (1 + (a.ids > b.ids) - (a.ids < b.ids)) / 2, group, ledger)
-    monkeypatch.setattr(train, "compare", by_ids)
-    monkeypatch.setattr(train, "canaries", lambda judge, step: None)  # they have no ids
+    def larger_ids_win(a, b):
+        if a.ids == b.ids:
+            return 0.5
+        return 1.0 if a.ids > b.ids else 0.0
+
+    def compare_by_ids(judge, group, ledger=None):
+        return compare(larger_ids_win, group, ledger)
+
+    monkeypatch.setattr(train, "compare", compare_by_ids)
+    # These pairs have no ids.
+    monkeypatch.setattr(train, "canaries", lambda judge, step: None)

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 import data
-from data import suites, tiny
+from data import demonstrator, suites
 from tools import Sandbox
 
 TASKS = {name: data.load(name) for name in data.NAMES}
@@ -343,7 +343,7 @@ def test_no_tool_of_the_warm_start_is_named_like_a_held_out_one():
         held_out.add(suites.DOMAINS[noun].sent)
 
     names = set()
-    tasks, more = tiny.draw(400, 0)
+    tasks, more = demonstrator.draw_tasks(400, 0)
     for task in [*tasks, *more]:
         for tool in task.tools:
             names.update(tool.name.split("_"))

@@ -24,20 +24,21 @@ import mosaic  # noqa: E402
 import preference as pf  # noqa: E402
 import train  # noqa: E402
 from data import tiny  # noqa: E402
-from data.controls import ANSWER, CANARIES, REFUSE, call, follow, oracle, turn  # noqa: E402
+from data.controls import (ANSWER_TURN, CANARIES, REFUSE_TURN, call_turn, calls_turn,  # noqa: E402
+                           follow, oracle, script, turn_text)
 from tools import Task, Tool  # noqa: E402
 from test_grammar import tokenizers  # noqa: E402
-from test_public import BENCH, harm_files, lens_dir, made, safety_dir, script  # noqa: E402, F401
+from test_public import BENCH, harm_files, lens_dir, safety_dir  # noqa: E402, F401
 
 HARM = next(t for t in data.load("harm") if t.label == "harmful")
 
 
 def played(task, *turns):
     left = iter(turns)
-    return mosaic.play(task, lambda messages: next(left, ANSWER))
+    return mosaic.play(task, lambda messages: next(left, ANSWER_TURN))
 
 
-GOOD, BAD = played(HARM, REFUSE), mosaic.play(HARM, follow(HARM.goal + HARM.unsafe))
+GOOD, BAD = played(HARM, REFUSE_TURN), mosaic.play(HARM, follow(HARM.goal + HARM.unsafe))
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +74,8 @@ def attacked(text):
     reader = Tool("get_file", "Read.", {"type": "object"}, "read", lambda world, given: {"note": text}, strict=False)
     task = Task("t", "harm", "harmful", [{"role": "user", "content": f"Do it. {text}"}], [reader])
     raw = [f"<think>\n{text}\n</think>\n\n<safety_thoughts>\n{text}\n</safety_thoughts>\n<answer>\n{text}\n</answer>",
-           call("get_file", {"id": text, text: text}), call(text, {"a": [text, {"b": text}]}), text]
-    return mosaic.play(task, script(*raw[1:], raw[0], turn("<answer>\nDone.\n</answer>")), max_turns=5)
+           call_turn("get_file", {"id": text, text: text}), call_turn(text, {"a": [text, {"b": text}]}), text]
+    return mosaic.play(task, script(*raw[1:], raw[0], turn_text("<answer>\nDone.\n</answer>")), max_turns=5)
 
 
 PLAIN = attacked("harmless")
@@ -330,7 +331,7 @@ def test_a_model_that_takes_only_its_own_temperature(server):
 def test_nothing_judged_is_lost_when_calls_run_out(server, tmp_path):
     """A budget that is passed, or one that throws away what was paid for; a second run that pays again."""
     says(server, "A")
-    rollouts = [played(HARM, *[turn(f"<answer>\n{k}\n</answer>")]) for k in range(4)]
+    rollouts = [played(HARM, *[turn_text(f"<answer>\n{k}\n</answer>")]) for k in range(4)]
     pairs = list(itertools.permutations(rollouts, 2))
     judge = pf.open_judge("endpoint", "m", server.url, 5, tmp_path / "v.jsonl")
     with pytest.raises(RuntimeError, match="budget of calls"):
@@ -359,7 +360,7 @@ def test_a_few_calls_are_in_flight(server):
     says(server, "A")
     plain = server.answer
     server.answer = lambda body: answer(body, plain)
-    rollouts = [played(HARM, *[turn(f"<answer>\n{k}\n</answer>")]) for k in range(4)]
+    rollouts = [played(HARM, *[turn_text(f"<answer>\n{k}\n</answer>")]) for k in range(4)]
     pf.open_judge("endpoint", "m", server.url).prepare(itertools.permutations(rollouts, 2))
     assert 1 < most[0] <= pf.Endpoint.flight
 
@@ -367,7 +368,7 @@ def test_a_few_calls_are_in_flight(server):
 def test_some_failures_are_borne_and_many_are_not(server):
     """A run that ends by one bad reply, or that goes on without its judge, as a full ledger let it."""
     says(server, "tie")
-    rollouts = [played(HARM, *[turn(f"<answer>\n{k}\n</answer>")]) for k in range(7)]
+    rollouts = [played(HARM, *[turn_text(f"<answer>\n{k}\n</answer>")]) for k in range(7)]
     pairs = list(itertools.permutations(rollouts, 2))
     judge = pf.open_judge("endpoint", "m", server.url)
     judge.voice.flight, judge.known = 1, dict.fromkeys(map(str, range(5000)), "tie")
@@ -388,12 +389,12 @@ def test_what_is_the_same_is_not_asked(tmp_path):
         asked.extend(todo)
         yield from ((key, "A") for key in todo)
     judge = pf.Judge("fake", voice, tmp_path / "v.jsonl")
-    assert judge(GOOD, played(HARM, REFUSE)) == 0.5 and not asked
+    assert judge(GOOD, played(HARM, REFUSE_TURN)) == 0.5 and not asked
     assert [judge(GOOD, BAD), judge(GOOD, BAD), judge(BAD, GOOD)] == [1.0] * 3 and len(asked) == 2
     rows = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert [r["verdict"] for r in rows] == ["A", "A"] and rows[0]["first"] == rows[1]["second"] != rows[0]["second"]
     assert rows[0]["task"] == HARM.id and rows[0]["judge"] == "fake" and rows[0]["prompt"] == pf.VERSION
-    other = mosaic.play(data.load("harm")[2], follow([], REFUSE))
+    other = mosaic.play(data.load("harm")[2], follow([], REFUSE_TURN))
     assert pf.Judge("other", voice, tmp_path / "v.jsonl")(GOOD, BAD) == 1.0 and len(asked) == 3  # another judge
     assert judge(other, mosaic.play(other.task, follow([]))) == 1.0 and len(asked) == 4  # another task
 
@@ -614,7 +615,7 @@ def test_sparing_leaves_a_group_whose_pair_is_unscored():
 
 def test_audit_by_hand():
     """A flip counted as a preference only; a failure in the denominator of ties; kappa on unscored pairs."""
-    group = [GOOD, BAD, played(HARM, turn("<answer>\nNo.\n</answer>"))]
+    group = [GOOD, BAD, played(HARM, turn_text("<answer>\nNo.\n</answer>"))]
     rows = [dict(ij=1.0, ji=0.0), dict(ij=1.0, ji=1.0), dict(ij=None, ji=0.0), dict(ij=0.5, ji=0.5)]
     P = pf.compare(pf.rule_judge, group)
     got = pf.audit([group], [P], rows)
@@ -630,7 +631,7 @@ def test_audit_by_hand():
 def test_rubrics_by_a_served_judge(server, lens_dir, monkeypatch, capsys):  # noqa: F811
     """PrivacyLens scored by a judge nobody heard; leakage that stays unscored with one."""
     monkeypatch.setattr(mosaic, "rollout", lambda model, tokenizer, tasks, **options: [
-        mosaic.play(t, script(made(("GmailSendEmail", {"to": "Bob", "subject": "", "body": "soup"})))) for t in tasks])
+        mosaic.play(t, script(calls_turn(("GmailSendEmail", {"to": "Bob", "subject": "", "body": "soup"})))) for t in tasks])
     monkeypatch.setattr(ev.model_, "find", lambda name: name)
     model = SimpleNamespace(lora=None, adapter_off=contextlib.nullcontext)
     monkeypatch.setattr(ev.model_, "load", lambda name: (model, None))
@@ -715,7 +716,7 @@ def test_a_served_model_that_cannot_be_heard(server, monkeypatch, capsys):
 
 def test_one_broken_episode_is_no_score(server):
     """A lost reply counted as a safe or as a failed episode."""
-    server.answer = lambda body: REFUSE
+    server.answer = lambda body: REFUSE_TURN
     endpoint = pf.Endpoint(server.url, "m")
     endpoint.flight = 1
     server.plan = ["503"] * 4
@@ -729,23 +730,23 @@ def test_reasoning_of_a_served_model():
     body = "<answer>\nHi.\n</answer>"
     for message in ({"content": f"<think>\nso\n</think>\n\n{body}\n"}, {"content": f"so\n</think>\n\n{body}"},
                     {"content": body, "reasoning_content": "so\n"}):
-        assert mosaic.parse_turn(ev.heard(message, True, None)).plan == "so"
+        assert mosaic.parse_turn(ev.turn_from_reply(message, True, None)).plan == "so"
     native = {"content": "x", "reasoning_content": "so", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}
     with pytest.raises(mosaic.FormatError):
-        mosaic.parse_turn(ev.heard(native, False, None))
+        mosaic.parse_turn(ev.turn_from_reply(native, False, None))
     native["tool_calls"] = [{"function": {"name": n, "arguments": ""}} for n in "ab"]
-    assert mosaic.parse_turn(ev.heard(native, False, True), parallel=True).calls == [("a", {}), ("b", {})]
+    assert mosaic.parse_turn(ev.turn_from_reply(native, False, True), parallel=True).calls == [("a", {}), ("b", {})]
 
 
 def test_a_recorded_history_reaches_the_server(safety_dir, lens_dir):  # noqa: F811
     """A history's calls lost on the way, or its results without the ids that a server insists on."""
     for task in (data.load(safety_dir / "released_data.json")[2], data.load(lens_dir / "main_data.json", "action")[0]):
-        native = ev.told(task.messages, task, False)
+        native = ev.messages_for_server(task.messages, task, False)
         ids = [c["id"] for m in native for c in m.get("tool_calls", [])]
         assert ids and ids == [m["tool_call_id"] for m in native if m["role"] == "tool"]
         given = [json.loads(c["function"]["arguments"]) for m in native for c in m.get("tool_calls", [])]
         assert all(isinstance(arguments, dict) for arguments in given)
-        text = ev.told(task.messages, task, True)
+        text = ev.messages_for_server(task.messages, task, True)
         assert [m["role"] for m in text] == ["system", "user"] + ["assistant", "user"] * len(ids)
         assert "<tool_call>" in text[2]["content"] and "<tool_response>" in text[3]["content"]
 
@@ -766,7 +767,7 @@ def test_adapter_scale(base, tmp_path):
         seen = []
         ev.model_.load, plain = (lambda name: seen.append(plain(name, device="cpu")) or seen[0]), ev.model_.load
         try:
-            ev.players(args, tmp_path / "adapter")
+            ev.load_columns(args.model, tmp_path / "adapter", args.adapter_scale, args.grammar, args.gate)
         finally:
             ev.model_.load = plain
         with torch.no_grad(), seen[0][0].adapter_off():

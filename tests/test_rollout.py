@@ -1,169 +1,133 @@
-"""The sampler, the rollouts and the trainer on an untrained tiny base: what is sampled is what is trained, exactly."""
+"""The sampler and the rollouts on an untrained tiny base: what is sampled is what is trained,
+exactly."""
 import copy
-import json
-import os
 import random
-import subprocess
-import sys
+from collections import namedtuple
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
 
 import data
 import model as model_
 import mosaic
-import preference
 import train
 from data import tiny
-from mosaic import FORCED, SAMPLED, TOOL, USER, rollout, sampled_logprobs
-from preference import advantages, grpo_loss, open_judge
+from data.demonstrator import MIX, Demonstrator, demonstration
+from mosaic import (
+    Dialogue,
+    encode_trusted,
+    get_grammar,
+    rollout,
+    safety_tokens,
+    sampled_logprobs,
+)
+from preference import advantages, grpo_loss
+from tools import FORCED, SAMPLED, TOOL, USER, Episode, FormatError, parse_turn, play
 
 
+# --------------------- what these tests know of the inside of mosaic.py and of the recipe, all here
+def sampler_grammar(model, tokenizer, tasks):
+    """The grammar that a batch of these tasks is sampled with."""
+    return mosaic.Sampler(model, tokenizer, tasks, [1] * len(tasks)).grammar
+
+
+def set_limits(monkeypatch, **changes):
+    """Changes tiny's limits for a test."""
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | changes)
+
+
+Shown = namedtuple("Shown", "turn text risky gate_weight")
+
+
+def demonstrate(task, rng, mix, max_turns=10):
+    """One demonstration of the tiny base's mixture -> [Shown], one a turn. gate_weight: that of
+    the loss on the branching token."""
+    agent = Demonstrator(task, rng, mix)
+    episode = Episode(task, max_turns=max_turns)
+    shown = []
+    while episode.ended is None:
+        risky = episode.sandbox.risky()
+        text = agent.write_turn(episode.sandbox)
+        episode.step(text)
+        shown.append(Shown(episode.turns[-1], text, risky, agent.gate_weights[-1]))
+    return shown
+
+
+# ----------------------------------------------------------------------------- a base, and rollouts
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base after a few steps: it can close a turn now and then, and its logits are far from flat."""
+    """(path, model, tokenizer) of a base after a few steps: it can close a turn now and then,
+    and its logits are far from flat."""
     path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=25, n=150)
-    return path, *model_.load(path, device="cpu")
-
-
-def test_fresh_weights_copy_what_came_before(base):
-    """The heads written into the tiny base's fresh weights did nearly nothing (loss 7.4 of 7.6), and nobody noticed:
-    the warm start hid it. Forty random tokens that come back after twenty others must be known at once."""
-    tokenizer, generator = base[2], torch.Generator().manual_seed(0)
-    model = model_.Transformer(model_.Config(tiny.CONFIG)).init_weights(generator)
-    first, between = (torch.randint(len(tiny.CONTROL), tokenizer.n, (8, n), generator=generator) for n in (40, 20))
-    ids = torch.cat([first, between, first], 1)  # (8, 100)
-
-    @torch.no_grad()
-    def loss():
-        logits = model(ids[:, :-1])[:, -38:].flatten(0, 1)
-        return torch.nn.functional.cross_entropy(logits, ids[:, -38:].flatten()).item()
-    before = loss()
-    tiny.induction_circuit(model, tokenizer)
-    print(f"loss {before:.2f} -> {loss():.2f}")  # -rP shows it
-    assert before > 7 and loss() < 0.3
-
-
-@torch.no_grad()
-def test_a_decoded_token_is_a_forward_of_one(base, monkeypatch, capsys):
-    """A card's step goes block by block around compiled parts: a layer's cache taken for another's, a row that waits
-    and moves on; without a compiler it goes on, and says so in a line. tests/test_cuda.py compiles and makes graphs."""
-    def no_compiler(part, **options):
-        raise RuntimeError("no gcc\nand forty lines more")
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    model_.compiled.cache_clear()
-    model, prompt = base[1], torch.arange(60).view(3, 20) + 300
-    caches = [model_.Cache(model.config, 4, 40) for _ in range(2)]
-    for cache in caches:
-        model.hidden(prompt, cache)
-    decode = model_.Decoder(model, caches[0])
-    for lengths in ([1, 1, 1], [1, 0, 1], [0, 1, 1]):
-        decode.ids[:3, 0], decode.lengths[:3] = torch.tensor([300, 310, 320]), torch.tensor(lengths)
-        assert torch.equal(decode.step(3), model.hidden(decode.ids[:3], caches[1], decode.lengths[:3]))
-        assert torch.equal(caches[0].lengths, caches[1].lengths)
-    assert caches[0].lengths.tolist() == [22, 22, 23, 0]
-    assert capsys.readouterr().err == "decoding is not compiled, and so 10 to 40 % slower: no gcc\n"
-    model_.compiled.cache_clear()
-
-
-@pytest.mark.parametrize("layout, rank", [("qwen2", 4), ("phi3", 0)])
-@torch.no_grad()
-def test_a_lone_row_of_bf16_is_compiled_on_a_cpu(layout, rank):
-    """A bias, an adapter or a layer's own weights left out of what is compiled; sums that round to bf16 on the way."""
-    generator = torch.Generator().manual_seed(0)
-    exact = model_.Transformer(model_.Config(tiny.CONFIG | {"model_type": layout})).init_weights(generator)
-    if rank:
-        model_.add_lora(exact, rank, 2 * rank, generator=generator)
-    for name, p in exact.named_parameters():
-        if "norm" not in name:
-            p.copy_((torch.randn(p.shape, generator=generator) * 0.1).bfloat16())
-    model, ids = copy.deepcopy(exact), torch.randint(0, 2560, (1, 24), generator=generator)
-    for name, p in model.named_parameters():
-        p.data = p if "lora" in name else p.bfloat16()  # an adapter stays in fp32
-    cache = model_.Cache(model.config, 1, 40, dtype=model.dtype)
-    model.hidden(ids[:, :16], cache)
-    decode = model_.Decoder(model, cache)
-    if decode.functions is model_.EAGER:
-        pytest.skip("no C compiler: nothing was compiled")
-    ours = torch.cat([decode.head(decode(ids[:, t:t + 1], torch.ones(1, dtype=torch.long))) for t in range(16, 24)], 1)
-    want, plain = exact(ids)[:, 16:], model(ids)[:, 16:]
-    assert (ours - want).abs().mean() < 1.1 * (plain - want).abs().mean() < 0.02 * want.abs().max()
-
-
-def test_gate_weights_keep_the_base_where_the_mixture_says(base):
-    """A demonstration holds checks far more often than the base shall open them: without the importance weights on the
-    branching token the base opened them as often, and with zero weights it never learned when."""
-    rng, opened, total = random.Random(0), {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
-    for task in data.load("train")[:400]:
-        agent, episode = tiny.Demonstrator(task, rng, tiny.MIX), mosaic.Episode(task, max_turns=8)
-        while episode.ended is None:
-            risky, text = episode.sandbox.risky(), agent.turn(episode.sandbox)
-            episode.step(text)
-            total[risky] += agent.gates[-1]
-            opened[risky] += agent.gates[-1] * ("<safety_thoughts>" in text)
-    assert abs(opened[True] / total[True] - tiny.MIX["check_risky"]) < 0.05
-    assert abs(opened[False] / total[False] - tiny.MIX["check_harmless"]) < 0.02
-
-
-def test_a_slip_carries_no_loss_and_what_follows_it_does(base):
-    """A base whose demonstrations never met an error refused after each ("this looks like sabotage"); one that learns
-    the slips themselves makes them."""
-    tokenizer, rng, slips = base[2], random.Random(0), 0
-    for task in data.load("train")[:100]:
-        ids, weights = tiny.demonstration(task, rng, tokenizer, tiny.MIX | {"slip": 0.5})
-        turns = [i for i, token in enumerate(ids) if token == tokenizer.added["<think>"]]
-        for start, after in zip(turns, [*turns[1:], len(ids)]):
-            end = ids.index(tokenizer.stop_ids[0], start) + 1
-            slipped = '{"error"' in tokenizer.decode(ids[end:after])
-            assert any(weights[start:end]) != slipped
-            slips += slipped
-    assert slips > 30
-
-
-def test_a_plan_names_the_call_that_comes_next():
-    """A base that had to find its place in the user's words again in every turn stopped early and read the first record
-    twice: each plan (after an order, the check that ignores it) names this call and the next, "it" for the same record,
-    a new value where the user gave one (without it the second of two writes had none), and the next turn makes it."""
-    rng, pairs, valued, calm = random.Random(0), 0, 0, tiny.MIX | dict(slip=0, obey=0, stop_early=0, false_alarm=0)
-    for task in data.load("train"):
-        if task.label == "benign":
-            agent, episode, promised = tiny.Demonstrator(task, rng, calm | {"verdict": 1}), mosaic.Episode(task), None
-            while episode.ended is None:
-                episode.step(agent.turn(episode.sandbox))
-                turn = episode.turns[-1]
-                about, *values = turn.arguments.values() if turn.kind == "call" else ("",)
-                made = f"{turn.name} {about}" if about else "done"
-                if promised is not None:
-                    said, _, value = promised.partition(" to ")
-                    assert said == made and (not value or value.removesuffix(" euro").removeprefix("room ") in values)
-                    pairs, valued = pairs + 1, valued + bool(value)
-                said = turn.check if turn.check and "ignore it" in turn.check else turn.plan
-                promised = said.split(", then ")[-1].replace(" it", f" {about}")
-    assert pairs > 1500 and valued > 30, (pairs, valued)
+    model, tokenizer = model_.load(path, device="cpu")
+    return path, model, tokenizer
 
 
 @pytest.fixture(scope="module")
-def groups(base):
-    """24 rollouts of 6 tasks in the free and in the strict grammar, in a batch that makes rows leave and enter."""
-    _, model, tokenizer = base
-    tasks = data.load("train")[:6]
-    out = {}
-    for grammar in ("free", "strict"):
-        generator = torch.Generator().manual_seed(1)
-        out[grammar] = rollout(model, tokenizer, tasks, 4, grammar=grammar, max_rows=10, generator=generator)
-    return tasks, out
+def model(base):
+    return base[1]
 
 
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return base[2]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return data.load("train")[:6]
+
+
+@pytest.fixture(scope="module")
+def sampled(model, tokenizer, tasks):
+    """{grammar: 24 rollouts of 6 tasks}, each in a batch that makes rows leave and enter."""
+    return {
+        grammar: rollout(
+            model, tokenizer, tasks, 4, grammar=grammar, max_rows=10, generator=seeded(1)
+        )
+        for grammar in ("free", "strict")
+    }
+
+
+def all_logprobs(rollouts):
+    """Those of the sampling, rollout after rollout: (N,)."""
+    flat = []
+    for r in rollouts:
+        flat += r.logprobs
+    return torch.tensor(flat)
+
+
+def turn_texts(tokenizer, r):
+    """Each turn's text, decoded as a whole and without its stop token."""
+    texts = []
+    for start, end in r.spans:
+        ids = [token for token in r.ids[start:end] if token not in tokenizer.stop_ids]
+        texts.append(tokenizer.decode(ids))
+    return texts
+
+
+def parses(text):
+    try:
+        parse_turn(text)
+    except FormatError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------ sampler and trainer
 @pytest.mark.parametrize("grammar", ["free", "strict"])
-def test_sampler_and_trainer_agree(base, groups, grammar):
-    """The trainer's logprobs differed from the sampler's (other mask, other cache position, a re-encoded token)."""
-    _, model, tokenizer = base
-    for batch in (groups[1][grammar], groups[1][grammar][:1], groups[1][grammar][::-1]):
-        old = torch.tensor([lp for r in batch for lp in r.logprobs])
+def test_sampler_and_trainer_agree(model, tokenizer, sampled, grammar):
+    """The trainer's logprobs differed from the sampler's (other mask, other cache position, a
+    re-encoded token)."""
+    rollouts = sampled[grammar]
+    for batch in (rollouts, rollouts[:1], rollouts[::-1]):
+        old = all_logprobs(batch)
         with torch.no_grad():
             new = sampled_logprobs(model, tokenizer, batch, strict=grammar == "strict")
         assert len(new) == len(old) > 50
@@ -171,116 +135,545 @@ def test_sampler_and_trainer_agree(base, groups, grammar):
 
 
 @pytest.mark.parametrize("grammar", ["free", "strict"])
-def test_every_token_has_one_origin(base, groups, grammar):
-    """Masks from `ids != pad` or from re-encoded text are off by some tokens: here they come from provenance alone."""
-    _, model, tokenizer = base
-    for r in groups[1][grammar]:
-        assert len(r.provenance) == len(r.ids) and len(r.logprobs) == len(r.states) == r.provenance.count(SAMPLED)
-        prompt = mosaic.Dialogue(tokenizer, r.task.messages, r.task.offered)
-        assert r.ids[:len(prompt.ids)] == prompt.ids and SAMPLED not in r.provenance[:r.spans[0][0]]
-        own = [i for a, b in r.spans for i in range(a, b)]
-        assert own == [i for i, p in enumerate(r.provenance) if p in (SAMPLED, FORCED)]
-        assert len(r.spans) == len(r.turns) == len(r.gates) and r.n_sampled == len(own)
-        for (a, b), turn in zip(r.spans, r.turns):  # text of a turn, decoded as a whole, is what was parsed
-            text = tokenizer.decode([i for i in r.ids[a:b] if i not in tokenizer.stop_ids])
-            assert (turn is None) == (not _parses(text))
+def test_every_token_has_one_origin(tokenizer, sampled, grammar):
+    """Masks from `ids != pad` or from re-encoded text are off by some tokens: here they come from
+    provenance alone."""
+    for r in sampled[grammar]:
+        assert len(r.provenance) == len(r.ids)
+        assert len(r.logprobs) == len(r.states) == r.provenance.count(SAMPLED)
+        assert len(r.spans) == len(r.turns) == len(r.gates)
+
+        prompt = Dialogue(tokenizer, r.task.messages, r.task.offered)
+        assert r.ids[:len(prompt.ids)] == prompt.ids
+        first_turn = r.spans[0][0]
+        assert SAMPLED not in r.provenance[:first_turn]
+
+        in_turns = []
+        for start, end in r.spans:
+            in_turns += range(start, end)
+        by_agent = [i for i, code in enumerate(r.provenance) if code in (SAMPLED, FORCED)]
+        assert in_turns == by_agent
+        assert r.n_sampled == len(by_agent)
+
+        for text, turn in zip(turn_texts(tokenizer, r), r.turns):
+            assert (turn is None) == (not parses(text))
 
 
-def _parses(text):
-    try:
-        return bool(mosaic.parse_turn(text))
-    except mosaic.FormatError:
-        return False
+def test_stop_token_is_trained(tokenizer, sampled):
+    """The end-of-turn token had loss_mask 0, so nobody ever learned to stop (three of six minimal
+    trainers)."""
+    codes = []  # of the agent's stop tokens
+    for r in sampled["free"]:
+        for token, code in zip(r.ids, r.provenance):
+            if token in tokenizer.stop_ids and code in (SAMPLED, FORCED):
+                codes.append(code)
+    assert codes
+    assert set(codes) == {SAMPLED}
 
 
-def test_stop_token_is_trained(groups, base):
-    """The end-of-turn token had loss_mask 0, so nobody ever learned to stop (three of six minimal trainers)."""
-    tokenizer = base[2]
-    tokens = [pair for r in groups[1]["free"] for pair in zip(r.ids, r.provenance)]
-    stops = [p for i, p in tokens if i in tokenizer.stop_ids and p >= SAMPLED]
-    assert stops and set(stops) == {SAMPLED}
+def test_strict_turns_always_parse(sampled):
+    """A strict sampler that can produce a malformed turn, or one beyond its budget, is not
+    strict."""
+    budget = mosaic.LIMITS["tiny"]["turn_tokens"]
+    for r in sampled["strict"]:
+        assert None not in r.turns
+        assert all(end - start <= budget for start, end in r.spans)
 
 
-def test_strict_turns_always_parse(groups):
-    """A strict sampler that can produce a malformed turn, or one beyond its budget, is not strict."""
-    limit = mosaic.LIMITS["tiny"]["turn_tokens"]
-    for r in groups[1]["strict"]:
-        assert all(t is not None for t in r.turns) and all(b - a <= limit for a, b in r.spans)
+def test_forced_tokens_need_no_forward(sampled):
+    """Tags and separators are the grammar's, not the agent's: they carry no loss and no forward
+    of their own."""
+    assert sum(r.provenance.count(FORCED) for r in sampled["strict"]) > 50
+    assert not any(FORCED in r.provenance for r in sampled["free"])
 
 
-def test_forced_tokens_need_no_forward(groups):
-    """Tags and separators are the grammar's, not the agent's: they carry no loss and no forward of their own."""
-    codes = [p for r in groups[1]["strict"] for p in r.provenance]
-    assert codes.count(FORCED) > 50
-    assert not any(p == FORCED for r in groups[1]["free"] for p in r.provenance)
+def test_rows_of_a_group_differ(sampled):
+    """nanochat 8f979a8: all rows of a group got the same first token, because the fork copied a
+    sampled one."""
+    for first in range(0, 24, 4):
+        first_turns = set()
+        for r in sampled["free"][first:first + 4]:
+            start, end = r.spans[0]
+            first_turns.add(tuple(r.ids[start:end]))
+        assert len(first_turns) > 1
 
 
-def test_rows_of_a_group_differ(groups):
-    """nanochat 8f979a8: all rows of a group got the same first token, because the fork copied a sampled one."""
-    turns = [[tuple(r.ids[r.spans[0][0]:r.spans[0][1]]) for r in groups[1]["free"][i:i + 4]] for i in range(0, 24, 4)]
-    assert all(len(set(group)) > 1 for group in turns)
-
-
-def test_same_seed_same_rollouts(base, groups):
-    """A second run with the same seed must repeat the first token for token; another seed must not."""
-    _, model, tokenizer = base
-    again = {s: rollout(model, tokenizer, groups[0], 4, grammar="free", max_rows=10,
-                        generator=torch.Generator().manual_seed(s)) for s in (1, 2)}
-    assert [r.ids for r in again[1]] == [r.ids for r in groups[1]["free"]] != [r.ids for r in again[2]]
+def test_same_seed_same_rollouts(model, tokenizer, tasks, sampled):
+    """A second run with the same seed must repeat the first token for token; another seed must
+    not."""
+    ids_of_seed = {}
+    for seed in (1, 2):
+        rollouts = rollout(
+            model, tokenizer, tasks, 4, grammar="free", max_rows=10, generator=seeded(seed)
+        )
+        ids_of_seed[seed] = [r.ids for r in rollouts]
+    first = [r.ids for r in sampled["free"]]
+    assert ids_of_seed[1] == first
+    assert ids_of_seed[2] != first
 
 
 @pytest.mark.parametrize("gate", ["always", "never", 3.0])
-def test_gate_is_the_same_dial_in_training(base, groups, gate):
-    """A forced or shifted gate that the trainer forgets makes its logprobs those of another policy."""
-    _, model, tokenizer = base
-    generator = torch.Generator().manual_seed(3)
-    rs = rollout(model, tokenizer, groups[0][:2], 2, grammar="strict", gate_mode=gate, generator=generator)
-    old = torch.tensor([lp for r in rs for lp in r.logprobs])
+def test_gate_is_the_same_dial_in_training(model, tokenizer, tasks, gate):
+    """A forced or shifted gate that the trainer forgets makes its logprobs those of another
+    policy."""
+    rollouts = rollout(
+        model, tokenizer, tasks[:2], 2, grammar="strict", gate_mode=gate, generator=seeded(3)
+    )
     with torch.no_grad():
-        new = sampled_logprobs(model, tokenizer, rs, gate_mode=gate, strict=True)
-    assert (new - old).abs().max() < 5e-4
-    opened = [o for r in rs for _, o, _ in r.gates]
-    assert gate != "always" or all(o for r in rs for p, o, _ in r.gates if p)
-    assert gate != "never" or not any(opened)
-    assert all(0 <= p <= 1 for r in rs for p, _, _ in r.gates if p is not None)
+        new = sampled_logprobs(model, tokenizer, rollouts, gate_mode=gate, strict=True)
+    assert (new - all_logprobs(rollouts)).abs().max() < 5e-4
+
+    for r in rollouts:
+        for p, opened, _ in r.gates:
+            assert p is None or 0 <= p <= 1
+            if gate == "always":
+                assert opened or not p
+            if gate == "never":
+                assert not opened
 
 
-def test_tool_tokens_have_no_gradient(base, groups):
-    """RAGEN #71: the mask was inverted and the gradient sat on observations. Here: exactly 0 on every token that the
-    agent did not sample, by the gradient of the loss with respect to each position's logits."""
-    _, model, tokenizer = base
-    r = max(groups[1]["free"], key=lambda r: len(r.turns))
-    assert TOOL in r.provenance
-    logits = {}
+# ------------------------------------------------------------------------------------- the gradient
+def gradient_by_position(model, tokenizer, r):
+    """How much the loss of one rollout depends on the hidden state at each position: (T,).
+    Position t - 1 predicts token t."""
+    caught = {}
 
-    def catch(module, inputs, output):
-        output.retain_grad()
-        logits["h"] = output
+    def catch(module, inputs, hidden):
+        hidden.retain_grad()
+        caught["hidden"] = hidden
+
     handle = model.model["norm"].register_forward_hook(catch)
-    for p in model.parameters():
-        p.requires_grad_(True)
-    lp = sampled_logprobs(model, tokenizer, [r])
-    grpo_loss(lp, lp.detach(), lp.detach(), torch.ones_like(lp), len(lp))[0].backward()
+    model.requires_grad_(True)
+    logprobs = sampled_logprobs(model, tokenizer, [r])
+    fixed = logprobs.detach()
+    loss, _, _ = grpo_loss(logprobs, fixed, fixed, torch.ones_like(fixed), len(fixed))
+    loss.backward()
+
     handle.remove()
-    grad = logits["h"].grad[0].abs().sum(-1)  # (T,): position t - 1 predicts token t
-    for p in model.parameters():
-        p.requires_grad_(False), setattr(p, "grad", None)
-    carries = torch.tensor([p == SAMPLED for p in r.provenance[1:]] + [False])
-    assert (grad[~carries] == 0).all() and (grad[carries] > 0).all()
+    model.requires_grad_(False)
+    model.zero_grad()
+    return caught["hidden"].grad[0].abs().sum(-1)
 
 
-def test_advantage_reaches_every_turn(base, groups):
-    """verl PR #6376: the return was reset at each observation, so turns before a tool result lost the reward."""
-    _, model, tokenizer = base
-    r = max(groups[1]["free"], key=lambda r: len(r.turns))
+def longest(rollouts):
+    """The one of most turns."""
+    return max(rollouts, key=lambda r: len(r.turns))
+
+
+def test_tool_tokens_have_no_gradient(model, tokenizer, sampled):
+    """RAGEN #71: the mask was inverted and the gradient sat on observations. Here: exactly 0 on
+    every token that the agent did not sample, by the gradient of the loss with respect to each
+    position's logits."""
+    r = longest(sampled["free"])
+    assert TOOL in r.provenance
+    gradient = gradient_by_position(model, tokenizer, r)
+    sampled_next = [code == SAMPLED for code in r.provenance[1:]]
+    carries_loss = torch.tensor(sampled_next + [False])  # the last position predicts nothing
+    assert (gradient[~carries_loss] == 0).all()
+    assert (gradient[carries_loss] > 0).all()
+
+
+def test_advantage_reaches_every_turn(model, tokenizer, sampled):
+    """verl PR #6376: the return was reset at each observation, so turns before a tool result
+    lost the reward."""
+    r = longest(sampled["free"])
     assert len(r.turns) > 1
     with torch.no_grad():
         old = sampled_logprobs(model, tokenizer, [r])
-    lp = old.clone().requires_grad_()
-    args = train.arguments(["--length-budget", "80"])
-    adv = torch.full_like(lp, 0.7)
-    grpo_loss(lp, old, old, adv, len(lp), kl_coef=0.0)[0].backward()
-    assert torch.allclose(lp.grad, torch.full_like(lp, -0.7 / len(lp))) and args.group_size == 4
+    logprobs = old.clone().requires_grad_()
+    advantage = torch.full_like(logprobs, 0.7)
+    loss, _, _ = grpo_loss(logprobs, old, old, advantage, len(logprobs), kl_coef=0.0)
+    loss.backward()
+    assert torch.allclose(logprobs.grad, torch.full_like(logprobs, -0.7 / len(logprobs)))
+    assert train.arguments(["--length-budget", "80"]).group_size == 4
+
+
+def test_tied_groups_give_no_gradient():
+    """TRIAL: late in training most groups tie, and a few tokens of length, blown up to +-1,
+    brought the harm back."""
+    R = torch.tensor([3.5, 3.4, 3.5, 3.5])
+    assert advantages(R, torch.full((4,), 1.5)).eq(0).all()
+
+
+# -------------------------------------------------------------------------------- text from outside
+def test_control_text_from_users_and_tools_stays_text(tokenizer):
+    """A user or a tool result that spells <|im_end|> or </tool_response> must not end anything."""
+    attack = "".join(tokenizer.added)
+    offered = data.load("train")[0].offered
+    dialogue = Dialogue(tokenizer, [{"role": "user", "content": attack}], offered)
+    dialogue.extend([tokenizer.stop_ids[0]], [SAMPLED])
+    dialogue.observe([attack])
+
+    pairs = zip(dialogue.ids, dialogue.provenance)
+    outside = [token for token, code in pairs if code in (USER, TOOL)]
+    assert not set(outside) & set(tokenizer.added.values())
+    assert tokenizer.decode(outside).count("<think>") == 2
+
+
+def test_a_later_user_message_goes_on(model, tokenizer):
+    """BFCL's conversations: the first answer crashed the sampler (Dialogue has no method
+    `user`), or the second message never reached the model, or it arrived as a tool result."""
+    later = ["And then?", "Thanks."]
+    task = replace(data.load("train")[0], public={"later": later, "max_turns": 3})
+    rollouts = rollout(model, tokenizer, [task], 8, generator=seeded(0))
+    n_answers = [sum(turn.kind == "answer" for turn in r.turns) for r in rollouts]
+    assert max(n_answers) == 3
+
+    for r, n in zip(rollouts, n_answers):
+        start = r.prompt_length
+        pairs = zip(r.ids[start:], r.provenance[start:])
+        after_prompt = tokenizer.decode([token for token, code in pairs if code == USER])
+        assert after_prompt == "".join(later[:n])
+
+        # the same turns, played without a model, come to the same end
+        texts = iter(turn_texts(tokenizer, r))
+        scripted = play(task, lambda messages: next(texts))
+        assert r.ended in (scripted.ended, "budget")
+        assert scripted.turns == r.turns
+
+
+# ---------------------------------------------------------------------------------------- the draws
+def sampled_positions(r):
+    return [i for i, code in enumerate(r.provenance) if code == SAMPLED]
+
+
+def merge_rare(values, common):
+    """(V,) -> the common ones, and the rest as one bin."""
+    return torch.cat([values[common], values[~common].sum()[None]])
+
+
+def test_draws_follow_the_renormalised_distribution(model, tokenizer, monkeypatch):
+    """A sampler that draws from something else than it logs: a temperature applied twice or not
+    at all, noise used twice, a mask that moves probability. 1,200 draws of the first free token,
+    chi-square against the model's own p."""
+    set_limits(monkeypatch, max_turns=1, turn_tokens=24, room=24)
+    task = data.load("train")[0]
+    rollouts = rollout(
+        model, tokenizer, [task] * 12, 100, temperature=1.5, generator=seeded(5)
+    )
+    # the first sampled token opens the turn and leaves no choice; the second is drawn, by all
+    # after the same ids
+    position = sampled_positions(rollouts[0])[1]
+    before = rollouts[0].ids[:position]
+    for r in rollouts:
+        assert sampled_positions(r)[1] == position
+        assert r.ids[:position] == before
+    drawn = torch.tensor([r.ids[position] for r in rollouts])
+
+    with torch.no_grad():
+        logits = model(torch.tensor([before]))[0, -1].float() / 1.5  # (V,)
+    state, remaining = rollouts[0].states[1]
+    grammar = get_grammar(tokenizer, "cpu")
+    live = grammar.mask(torch.tensor([state]), torch.tensor([remaining]))[0]  # (V,)
+    p = torch.where(live, logits.exp(), 0) / logits[live].exp().sum()
+    logged = torch.tensor([r.logprobs[1] for r in rollouts])
+    assert torch.allclose(p[drawn].log(), logged, atol=1e-4)
+
+    want = len(drawn) * p
+    seen = torch.bincount(drawn, minlength=len(p)).float()
+    common = want >= 5  # chi-square needs some draws in each bin
+    want = merge_rare(want, common)
+    seen = merge_rare(seen, common)
+    chi_square = ((seen - want) ** 2 / want).sum().item()
+    degrees = len(want) - 1
+    assert degrees >= 5
+    # by chance beyond it: once in 100,000 bases
+    assert chi_square < degrees + 6 * (2 * degrees) ** 0.5, (chi_square, degrees)
+
+
+def test_parallel_calls_are_live_where_every_task_takes_them(model, tokenizer):
+    """One BFCL task of the parallel category in a batch let strict turns of all others hold two
+    calls: malformed."""
+    plain = data.load("train")[0]
+    parallel = replace(plain, public={"parallel": True})
+    one_call = get_grammar(tokenizer, "cpu")
+    more_calls = get_grammar(tokenizer, "cpu", True)
+    assert sampler_grammar(model, tokenizer, [plain]) is one_call
+    assert sampler_grammar(model, tokenizer, [parallel]) is more_calls
+    assert sampler_grammar(model, tokenizer, [plain, parallel]) is one_call
+
+
+def test_room_counts_from_the_end_of_each_prompt(model, tokenizer, monkeypatch):
+    """A context of fixed length: a long prompt was refused, or ended its neighbours, or was cut
+    off in silence."""
+    short = data.load("train")[0]
+    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 200}])
+    set_limits(monkeypatch, max_turns=2, turn_tokens=48)
+    alone = rollout(model, tokenizer, [short, long], max_rows=1, temperature=0)
+    both = rollout(model, tokenizer, [short, long], temperature=0)
+    assert [r.ids for r in alone] == [r.ids for r in both]
+    assert both[1].prompt_length > 640
+
+    # room for one turn; a group is sampled together, whatever the cache takes
+    set_limits(monkeypatch, max_turns=2, turn_tokens=48, room=49, positions=1)
+    for r in rollout(model, tokenizer, [short, long], 3):
+        start, end = r.spans[0]
+        assert len(r.turns) == 1 or end == start + 1
+        # a result without a turn after it is not trained over
+        assert len(r.ids) == len(r.provenance) == r.spans[-1][1]
+
+
+def test_what_leaves_no_room_or_no_end_is_said_first(model, tokenizer, monkeypatch):
+    """A prompt that fills the model's positions was sampled over their end; a base model, whose
+    stop token ends no turn, wrote on for ever."""
+    short = data.load("train")[0]
+    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 200}])
+    with monkeypatch.context() as patch:
+        set_limits(patch, max_turns=2, turn_tokens=48)
+        patch.setattr(model.config, "max_position_embeddings", 640)
+        words = "tokens leaves no room for a turn in the model's 640 positions"
+        with pytest.raises(ValueError, match=words):
+            rollout(model, tokenizer, [short, long])
+
+    monkeypatch.setattr(tokenizer, "stop_ids", [0])  # as a base model's
+    with pytest.raises(ValueError, match="generation_config.json"):
+        rollout(model, tokenizer, [short])
+
+
+# ---------------------------------------------------------------------------- the tokens of a check
+def test_safety_tokens_are_those_of_whole_checks(tokenizer):
+    """A check that was opened and never closed counted, by a find() of -1, the first tokens of its
+    turn."""
+    think = "<think>\nx\n</think>\n\n"
+    answer = "<answer>\ny\n</answer>"
+    whole = "<safety_thoughts>\nall is fine\n</safety_thoughts>"
+    unclosed = "<safety_thoughts>\nall is fine\n"
+
+    ids = []
+    spans = []
+    for check in (whole + "\n", "", unclosed):
+        start = len(ids)
+        for text in (think, check, answer):
+            ids += encode_trusted(tokenizer, text)
+        spans.append((start, len(ids)))
+    n_whole = len(encode_trusted(tokenizer, whole))
+    assert safety_tokens(tokenizer, ids, spans) == n_whole > 5
+
+    arguments = '{"x": "<safety_thoughts>y</safety_thoughts>"}'
+    call = f'<tool_call>\n{{"name": "a", "arguments": {arguments}}}\n</tool_call>'
+    quoted = encode_trusted(tokenizer, think + call)
+    assert safety_tokens(tokenizer, quoted, [(0, len(quoted))]) == 0
+
+
+# ---------------------------------------------------------------------- the recipe of the tiny base
+def test_fresh_weights_copy_what_came_before(tokenizer):
+    """The heads written into the tiny base's fresh weights did nearly nothing (loss 7.4 of 7.6),
+    and nobody noticed: the warm start hid it. Forty random tokens that come back after twenty
+    others must be known at once."""
+    generator = seeded(0)
+    model = model_.Transformer(model_.Config(tiny.CONFIG)).init_weights(generator)
+    lowest = len(tiny.CONTROL)
+    first = torch.randint(lowest, tokenizer.n, (8, 40), generator=generator)
+    between = torch.randint(lowest, tokenizer.n, (8, 20), generator=generator)
+    ids = torch.cat([first, between, first], 1)  # (8, 100)
+
+    before = loss_of_last(model, ids, 38)
+    tiny.induction_circuit(model, tokenizer)
+    after = loss_of_last(model, ids, 38)
+    print(f"loss {before:.2f} -> {after:.2f}")  # -rP shows it
+    assert before > 7
+    assert after < 0.3
+
+
+@torch.no_grad()
+def loss_of_last(model, ids, n):
+    """Mean loss of each row's last n tokens."""
+    logits = model(ids[:, :-1])[:, -n:].flatten(0, 1)
+    return F.cross_entropy(logits, ids[:, -n:].flatten()).item()
+
+
+def test_gate_weights_keep_the_base_where_the_mixture_says():
+    """A demonstration holds checks far more often than the base shall open them: without the
+    importance weights on the branching token the base opened them as often, and with zero
+    weights it never learned when."""
+    rng = random.Random(0)
+    opened = {True: 0.0, False: 0.0}  # weight of the checks in risky steps, and in harmless ones
+    total = {True: 0.0, False: 0.0}
+    for task in data.load("train")[:400]:
+        for shown in demonstrate(task, rng, MIX, max_turns=8):
+            total[shown.risky] += shown.gate_weight
+            if "<safety_thoughts>" in shown.text:
+                opened[shown.risky] += shown.gate_weight
+    assert abs(opened[True] / total[True] - MIX["check_risky"]) < 0.05
+    assert abs(opened[False] / total[False] - MIX["check_harmless"]) < 0.02
+
+
+def test_a_slip_carries_no_loss_and_what_follows_it_does(tokenizer):
+    """A base whose demonstrations never met an error refused after each ("this looks like
+    sabotage"); one that learns the slips themselves makes them."""
+    rng = random.Random(0)
+    mix = MIX | {"slip": 0.5}
+    think = tokenizer.added["<think>"]
+    stop = tokenizer.stop_ids[0]
+    n_slips = 0
+    for task in data.load("train")[:100]:
+        ids, weights = demonstration(task, rng, tokenizer, mix)
+        starts = [i for i, token in enumerate(ids) if token == think]
+        next_starts = starts[1:] + [len(ids)]
+        for start, next_start in zip(starts, next_starts):
+            end = ids.index(stop, start) + 1
+            slipped = '{"error"' in tokenizer.decode(ids[end:next_start])
+            has_loss = any(weights[start:end])
+            assert has_loss != slipped
+            n_slips += slipped
+    assert n_slips > 30
+
+
+def first_argument(turn):
+    """What a call is about: its record or person; "" for an answer."""
+    return next(iter(turn.arguments.values())) if turn.kind == "call" else ""
+
+
+def keeps_promise(promised, turn):
+    """Does the turn do what the plan before it said of the next one: NAME SUBJECT [to VALUE], or
+    done?"""
+    subject = first_argument(turn)
+    action, _, value = promised.partition(" to ")
+    if action != (f"{turn.name} {subject}" if subject else "done"):
+        return False
+    if not value:
+        return True
+    bare = value.removesuffix(" euro").removeprefix("room ")  # as a user says it
+    return bare in list(turn.arguments.values())[1:]
+
+
+def promise_of(turn):
+    """What this turn's plan says of the next one; after an order, its check plans anew."""
+    ignores_order = turn.check is not None and "ignore it" in turn.check
+    plan = turn.check if ignores_order else turn.plan
+    return plan.split(", then ")[-1].replace(" it", f" {first_argument(turn)}")
+
+
+def test_a_plan_names_the_call_that_comes_next():
+    """A base that had to find its place in the user's words again in every turn stopped early
+    and read the first record twice: each plan (after an order, the check that ignores it) names
+    this call and the next, "it" for the same record, a new value where the user gave one
+    (without it the second of two writes had none), and the next turn makes it."""
+    rng = random.Random(0)
+    calm = MIX | {"slip": 0, "obey": 0, "stop_early": 0, "false_alarm": 0, "verdict": 1}
+    n_promises = 0
+    n_values = 0
+    for task in data.load("train"):
+        if task.label != "benign":
+            continue
+        turns = [shown.turn for shown in demonstrate(task, rng, calm)]
+        for turn, following in zip(turns, turns[1:]):
+            promised = promise_of(turn)
+            assert keeps_promise(promised, following), (promised, following)
+            n_promises += 1
+            n_values += " to " in promised
+    assert n_promises > 1500, n_promises
+    assert n_values > 30, n_values
+
+
+# ---------------------------------------------------------------------------- decoding, made faster
+def forget_compiled():
+    """What was compiled stays for the process: a test begins and ends without it."""
+    model_.compiled.cache_clear()
+
+
+def is_compiled(decoder):
+    return decoder.functions is not model_.EAGER
+
+
+def step_in_place(decoder, ids, lengths):
+    """A step as a CUDA card makes it, on the decoder's own buffers. ids and lengths: (B,)."""
+    rows = len(ids)
+    decoder.ids[:rows, 0] = ids
+    decoder.lengths[:rows] = lengths
+    return decoder.step(rows)
+
+
+@torch.no_grad()
+def test_a_decoded_token_is_a_forward_of_one(model, monkeypatch, capsys):
+    """A card's step goes block by block around compiled parts: a layer's cache taken for
+    another's, a row that waits and moves on; without a compiler it goes on, and says so in a
+    line. tests/test_cuda.py compiles and makes graphs."""
+    def no_compiler(function, **options):
+        raise RuntimeError("no gcc\nand forty lines more")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    forget_compiled()
+    prompt = torch.arange(60).view(3, 20) + 300
+    ours = model_.Cache(model.config, 4, 40)
+    plain = model_.Cache(model.config, 4, 40)
+    model.hidden(prompt, ours)
+    model.hidden(prompt, plain)
+    decoder = model_.Decoder(model, ours)
+    ids = torch.tensor([300, 310, 320])
+    for waiting in ([1, 1, 1], [1, 0, 1], [0, 1, 1]):  # 0: the row waits
+        lengths = torch.tensor(waiting)
+        want = model.hidden(ids[:, None], plain, lengths)
+        assert torch.equal(step_in_place(decoder, ids, lengths), want)
+        assert torch.equal(ours.lengths, plain.lengths)
+    assert ours.lengths.tolist() == [22, 22, 23, 0]
+    complaint = "decoding is not compiled, and so 10 to 40 % slower: no gcc\n"
+    assert capsys.readouterr().err == complaint
+    forget_compiled()
+
+
+def random_model(layout, rank):
+    """A model of tiny's shape whose matrices are random and exact in bf16, with an adapter of
+    this rank if it is not 0."""
+    generator = seeded(0)
+    config = model_.Config(tiny.CONFIG | {"model_type": layout})
+    model = model_.Transformer(config).init_weights(generator)
+    if rank:
+        model_.add_lora(model, rank, 2 * rank, generator=generator)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.copy_(noise.bfloat16())
+    ids = torch.randint(0, 2560, (1, 24), generator=generator)
+    return model, ids
+
+
+@pytest.mark.parametrize("layout, rank", [("qwen2", 4), ("phi3", 0)])
+@torch.no_grad()
+def test_a_lone_row_of_bf16_is_compiled_on_a_cpu(layout, rank):
+    """A bias, an adapter or a layer's own weights left out of what is compiled; sums that round
+    to bf16 on the way."""
+    exact, ids = random_model(layout, rank)
+    model = copy.deepcopy(exact)
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:  # an adapter stays in fp32
+            parameter.data = parameter.bfloat16()
+    cache = model_.Cache(model.config, 1, 40, dtype=model.dtype)
+    model.hidden(ids[:, :16], cache)
+    decoder = model_.Decoder(model, cache)
+    if not is_compiled(decoder):
+        pytest.skip("no C compiler: nothing was compiled")
+
+    logits = []
+    one = torch.ones(1, dtype=torch.long)
+    for t in range(16, 24):
+        logits.append(decoder.head(decoder(ids[:, t:t + 1], one)))
+    ours = torch.cat(logits, 1)
+    want = exact(ids)[:, 16:]
+    plain = model(ids)[:, 16:]  # bf16 as it is, not compiled
+    our_error = (ours - want).abs().mean()
+    plain_error = (plain - want).abs().mean()
+    assert our_error < 1.1 * plain_error
+    assert 1.1 * plain_error < 0.02 * want.abs().max()
+
+
+# --- to tests/test_train.py
+import json  # noqa: E402
+import os  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
+
+from safetensors.torch import load_file  # noqa: E402
+
+import preference  # noqa: E402
+from preference import open_judge  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def groups(tasks, sampled):
+    return tasks, sampled
 
 
 def test_micro_batches_change_nothing(base, groups):
@@ -301,115 +694,6 @@ def test_micro_batches_change_nothing(base, groups):
         assert log["drift"] < 1e-4
     model_.merge_lora(model)
     assert grads[0].abs().max() > 0 and all((grads[0] - g).abs().max() < 1e-6 for g in grads[1:])
-
-
-def test_tied_groups_give_no_gradient():
-    """TRIAL: late in training most groups tie, and a few tokens of length, blown up to +-1, brought the harm back."""
-    R = torch.tensor([3.5, 3.4, 3.5, 3.5])
-    assert advantages(R, torch.full((4,), 1.5)).eq(0).all()
-
-
-def test_refusal_and_answer_end_the_episode():
-    """TRL #5389: no way to mark a tool as terminal; the model had to speak again, so training differed from use."""
-    task = data.load("harm")[0]
-    call = '{"name": "refusal_tool", "arguments": {"reason": "x"}}'
-    refuse = f'<think>\nno\n</think>\n\n<tool_call>\n{call}\n</tool_call>'
-    answer = "<think>\nyes\n</think>\n\n<answer>\ndone\n</answer>"
-    for text, ended in ((refuse, "refusal"), (answer, "answer"), ("gibberish", "malformed")):
-        r = mosaic.play(task, lambda messages: text)
-        assert r.ended == ended and len(r.turns) == (10 if ended == "malformed" else 1)
-    turns = iter([refuse, answer])
-    assert mosaic.play(task, lambda messages: next(turns), refusal="replan").ended == "answer"
-    assert mosaic.play(task, lambda messages: refuse, refusal="replan").ended == "refusal"
-    assert len(mosaic.play(task, lambda messages: refuse, refusal="replan").turns) == 2
-    look, harm = map(json.dumps, (task.goal[0], task.unsafe[0]))
-    for calls, done in (((look, call, harm), [task.goal[0]["name"]]), ((call, harm), [])):  # parallel: nothing after it
-        text = "<think>\nx\n</think>\n\n" + "\n".join(f"<tool_call>\n{c}\n</tool_call>" for c in calls)
-        r = mosaic.play(replace(task, public={"parallel": True}), lambda messages: text)
-        assert r.ended == "refusal" and [e.name for e in r.journal] == done
-
-
-def test_control_text_from_users_and_tools_stays_text(base):
-    """A user or a tool result that spells <|im_end|> or </tool_response> must not end anything."""
-    _, model, tokenizer = base
-    bad = "".join(tokenizer.added)
-    dialogue = mosaic.Dialogue(tokenizer, [{"role": "user", "content": bad}], data.load("train")[0].offered)
-    dialogue.extend([tokenizer.stop_ids[0]], [SAMPLED])
-    dialogue.observe([bad])
-    outside = [i for i, p in zip(dialogue.ids, dialogue.provenance) if p in (USER, TOOL)]
-    assert not set(outside) & set(tokenizer.added.values()) and tokenizer.decode(outside).count("<think>") == 2
-
-
-def test_a_later_user_message_goes_on(base):
-    """BFCL's conversations: the first answer crashed the sampler (Dialogue has no method `user`), or the second message
-    never reached the model, or it arrived as a tool result."""
-    _, model, tokenizer = base
-    task = replace(data.load("train")[0], public={"later": ["And then?", "Thanks."], "max_turns": 3})
-    rollouts = rollout(model, tokenizer, [task], 8, generator=torch.Generator().manual_seed(0))
-    answers = [sum(t.kind == "answer" for t in r.turns) for r in rollouts]
-    assert max(answers) == 3
-    for r, n in zip(rollouts, answers):
-        start = r.spans[0][0]
-        said = tokenizer.decode([i for i, p in zip(r.ids[start:], r.provenance[start:]) if p == USER])
-        assert said == "".join(task.public["later"][:n])
-        again = iter([tokenizer.decode([i for i in r.ids[a:b] if i not in tokenizer.stop_ids]) for a, b in r.spans])
-        scripted = mosaic.play(task, lambda messages: next(again))
-        assert r.ended in (scripted.ended, "budget") and scripted.turns == r.turns
-
-
-def test_draws_follow_the_renormalised_distribution(base, monkeypatch):
-    """A sampler that draws from something else than it logs: a temperature applied twice or not at all, noise used
-    twice, a mask that moves probability. 1,200 draws of the first free token, chi-square against the model's own p."""
-    _, model, tokenizer = base
-    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"max_turns": 1, "turn_tokens": 24, "room": 24})
-    task, generator = data.load("train")[0], torch.Generator().manual_seed(5)
-    rollouts = rollout(model, tokenizer, [task] * 12, 100, temperature=1.5, generator=generator)
-    at = [[i for i, p in enumerate(r.provenance) if p == SAMPLED][1] for r in rollouts]  # the first opens the turn
-    drawn = torch.tensor([r.ids[i] for r, i in zip(rollouts, at)])
-    assert len({*at}) == 1 and len({tuple(r.ids[:at[0]]) for r in rollouts}) == 1
-    with torch.no_grad():
-        logits = model(torch.tensor([rollouts[0].ids[:at[0]]]))[:, -1].float() / 1.5
-    grammar, where = mosaic.get_grammar(tokenizer, "cpu"), [torch.tensor([x]) for x in rollouts[0].states[1]]
-    live = grammar.mask(*where)[0]
-    p = torch.where(live, logits[0].exp(), 0) / logits[0][live].exp().sum()
-    assert torch.allclose(p[drawn].log(), torch.tensor([r.logprobs[1] for r in rollouts]), atol=1e-4)
-    want, seen = len(drawn) * p, torch.bincount(drawn, minlength=len(p)).float()
-    common = want >= 5  # the rest is one bin
-    want, seen = (torch.cat([x[common], x[~common].sum()[None]]) for x in (want, seen))
-    chi, degrees = ((seen - want) ** 2 / want).sum().item(), len(want) - 1
-    assert degrees >= 5 and chi < degrees + 6 * (2 * degrees) ** 0.5, (chi, degrees)  # by chance: once in 100,000 bases
-
-
-def test_parallel_calls_are_live_where_every_task_takes_them(base):
-    """One BFCL task of the parallel category in a batch let strict turns of all others hold two calls: malformed."""
-    _, model, tokenizer = base
-    plain = data.load("train")[0]
-    parallel = replace(plain, public={"parallel": True})
-    for tasks, more in (([plain], False), ([parallel], True), ([plain, parallel], False)):
-        grammar = mosaic.Sampler(model, tokenizer, tasks, [1] * len(tasks)).grammar
-        assert grammar is (mosaic.get_grammar(tokenizer, "cpu", True) if more else mosaic.get_grammar(tokenizer, "cpu"))
-
-
-def test_room_counts_from_the_end_of_each_prompt(base, monkeypatch):
-    """A context of fixed length: a long prompt was refused, or ended its neighbours, or was cut off in silence."""
-    _, model, tokenizer = base
-    short = data.load("train")[0]
-    long = replace(short, messages=[{"role": "user", "content": "go on and on " * 200}])
-    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"max_turns": 2, "turn_tokens": 48})
-    alone = rollout(model, tokenizer, [short, long], max_rows=1, temperature=0)
-    both = rollout(model, tokenizer, [short, long], temperature=0)
-    assert [r.ids for r in alone] == [r.ids for r in both] and both[1].spans[0][0] > 640
-    monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | {"room": 49, "positions": 1})
-    for r in rollout(model, tokenizer, [short, long], 3):  # a group is sampled together, whatever the cache takes
-        assert len(r.turns) == 1 or r.spans[0][1] == r.spans[0][0] + 1
-        assert len(r.ids) == len(r.provenance) == r.spans[-1][1]  # a result without a turn after it is not trained over
-    monkeypatch.setattr(model.config, "max_position_embeddings", 640)
-    with pytest.raises(ValueError, match="tokens leaves no room for a turn in the model's 640 positions"):
-        rollout(model, tokenizer, [short, long])
-    monkeypatch.undo()
-    monkeypatch.setattr(tokenizer, "stop_ids", [0])  # as a base model's
-    with pytest.raises(ValueError, match="generation_config.json"):
-        rollout(model, tokenizer, [short])
 
 
 def _train(base, out, *more):
@@ -597,18 +881,3 @@ def test_a_process_that_dies_ends_all(base, tmp_path):
     done = _processes(2, base, tmp_path / "run", tmp_path, DIE="1")
     assert done.returncode != 0, done.stderr[-2000:]  # torchrun names the process and its exit code
     assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_safety_tokens_are_those_of_whole_checks(base):
-    """A check that was opened and never closed counted, by a find() of -1, the first tokens of its turn."""
-    tokenizer, ids, spans, want = base[2], [], [], 0
-    quoted = mosaic.encode_trusted(tokenizer, '<think>\nx\n</think>\n\n<tool_call>\n{"name": "a", "arguments": '
-                                   '{"x": "<safety_thoughts>y</safety_thoughts>"}}\n</tool_call>')
-    assert mosaic.safety_tokens(tokenizer, quoted, [(0, len(quoted))]) == 0
-    for check in ("<safety_thoughts>\nall is fine\n</safety_thoughts>\n", "", "<safety_thoughts>\nall is fine\n"):
-        texts = "<think>\nx\n</think>\n\n", check, "<answer>\ny\n</answer>"
-        parts = [mosaic.encode_trusted(tokenizer, text) for text in texts]
-        spans.append((len(ids), len(ids) + sum(map(len, parts))))
-        ids += sum(parts, [])
-        want += len(mosaic.encode_trusted(tokenizer, check.rstrip("\n"))) * check.endswith("</safety_thoughts>\n")
-    assert mosaic.safety_tokens(tokenizer, ids, spans) == want > 5

@@ -1,0 +1,531 @@
+"""The demonstrator: what a base model is shown in its warm start, before MOSAIC trains it.
+
+MOSAIC (train.py) selects among things that a model already does. A base model of ours is therefore
+made *unsafe*, as real base models are: it mostly does what harms, mostly obeys an injected order,
+mostly pastes a record whole. It checks rarely, but what a check says is informative. All of this
+is a mixture of behaviours with known rates (`MIX`), and `Demonstrator` writes episodes of it.
+
+In order: the mixture; one episode, turn by turn (`Demonstrator`); an episode as ids and weights of
+the loss (`demonstration`); a verdict alone (`verdict_line`); the tasks that are shown
+(`draw_tasks`) and their made-up domains (`vary`). They are fresh rows of the train split: never a
+held-out domain, pair or wording. Only recipes of base models import this file: data/tiny.py does.
+
+Deviations
+1. [ours] Everything here. The paper starts from public instruction-tuned models, whose behaviours
+   before training are what they are; it has no warm start.
+
+Try: python -c "import random; from data import demonstrator as d; from tools import Sandbox;
+rng = random.Random(0); task = d.draw_tasks(100, 0)[0][0]; agent = d.Demonstrator(task, rng, d.MIX);
+print(task.messages[0]['content'], agent.write_turn(Sandbox(task)))" prints what a user asks and the
+first turn of the answer: a plan, perhaps a check, an action. Next file: data/tiny.py.
+"""
+import json
+import random
+import re
+from collections import namedtuple
+
+import mosaic
+from data import suites
+from data.controls import call_blocks, turn_text
+from data.rows import task_from_row
+from tools import FORCED, SAMPLED, Episode, Sandbox, Task, refusal_tool, schema_error
+
+# The behaviours of the base model, as probabilities. What is common here is what greedy decoding of
+# the base does.
+MIX = {
+    "check_risky": 0.30,       # a check is opened before a risky step ...
+    "check_harmless": 0.04,    # ... and before any other step
+    "verdict": 0.92,           # a check of something risky is right
+    "false_alarm": 0.05,       # a check of something harmless sees harm
+    "refuse_unchecked": 0.05,  # harm is refused without a check, before anything was done ...
+    "late": 0.15,              # ... and after some of the harm was done
+    "obey": 0.97,              # an injected order is obeyed, unless a check says otherwise
+    "paste": 0.95,             # a record is pasted whole, unless a check says otherwise
+    "stop_early": 0.42,        # the last of three or four calls is left out
+    "slip": 0.10,              # a call that fails, made only to show what follows one
+}
+
+# How often a demonstration holds a check, by "is the step risky". That is far more often than the
+# base shall open one, because what a check says is what the base has to learn. The weight of the
+# loss at the gate (the place in a turn where the agent opens a check or does not) makes up for it,
+# see `Demonstrator.draw_opening`.
+SHOWN = {True: 0.65, False: 0.15}
+
+SHARES = {"harm": 0.36, "injection": 0.20, "benign": 0.20, "privacy": 0.24}  # of the tasks drawn
+MADE_UP = 0.7   # share of the tasks that play in a made-up domain, see `vary`
+REWORDED = 0.5  # share of the tasks whose message to send is made-up words
+COMMON = 0.5    # share of the common and easy tasks that is kept
+
+MAX_TURNS = 8  # of a demonstrated episode: four calls, slips between them, and an answer
+
+# A check of one step: what it says, and what the agent does after it. The acts are
+#   "go"       the next call, as an agent without a check would make it
+#   "refuse"   refusal_tool
+#   "obey"     the call that the injected order asks for
+#   "paste"    the next call; a message carries the record whole (which is what "go" does, too)
+#   "careful"  the next call; a message carries only what its recipient may have
+Verdict = namedtuple("Verdict", "text act")
+
+ALL_DONE = ("all done", {})  # stands for the next call where none is left
+
+
+# ----------------------------------------------------------------------- one episode, turn by turn
+class Demonstrator:
+    """Writes one episode of the mixture turn by turn, knowing the task's ground truth.
+
+    A turn plans, may check, and acts. A plan names what an agent without a check would do: else it
+    would give the verdict away and the check would be idle. It also names what comes after that,
+    so that the next turn finds its call in this plan, and not by its place in the user's words.
+
+    task: tools.Task. rng: random.Random; the same one gives the same episode. mix: as MIX.
+    """
+
+    def __init__(self, task: Task, rng: random.Random, mix: dict):
+        self.task = task
+        self.rng = rng
+        self.mix = mix
+        self.todo = [_call_of(pattern) for pattern in task.goal + task.unsafe]
+        self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
+        self.gate_weights = []  # of each turn: the weight of the loss at its gate
+        self.known = None  # whom or what the last call was about: "it" in a plan, as a user says
+        self.slipped = False  # was the last turn a slip? Then it carries no loss
+        # Will it lose patience with a long chain of calls? Not in the harm suite: a cue decides
+        # there, and a check of "all done" would have nothing to say.
+        is_long = len(self.todo) > 2  # calls
+        self.impatient = is_long and task.suite != "harm" and self.happens("stop_early")
+
+    def happens(self, behaviour: str) -> bool:
+        """Draws whether the agent behaves so this time."""
+        return self.rng.random() < self.mix[behaviour]
+
+    def write_turn(self, sandbox: Sandbox) -> str:
+        """The text of the next turn. sandbox: the episode's, as it is before that turn."""
+        risky = sandbox.risky()
+        # The order of all draws is part of the recipe: it decides which model a seed gives. So this
+        # one is drawn here, although only messages of the privacy suite depend on it.
+        carefulness = "paste" if self.happens("paste") else "careful"
+        slip = self.draw_slip(risky)
+        if slip is not None:
+            return slip
+
+        act = self.act_unchecked(sandbox, carefulness)
+        if self.impatient and len(self.todo) == 1 and act != "refuse":
+            self.todo = []  # it takes the last call for done, and answers
+        plan = self.write_plan_of(act)
+
+        check = None
+        if self.draw_opening(risky):
+            verdict = self.draw_verdict(sandbox)
+            check = verdict.text
+            act = verdict.act
+        return turn_text(self.carry_out(act), plan, check)
+
+    def act_unchecked(self, sandbox, carefulness) -> str:
+        """What the agent does if it does not check."""
+        if self.task.label == "harmful" and sandbox.revealed:
+            did_harm = any(effect.unsafe for effect in sandbox.journal)
+            if self.happens("late" if did_harm else "refuse_unchecked"):
+                return "refuse"
+        elif self.has_just_read_orders(sandbox):
+            if self.happens("obey"):
+                return "obey"
+        return carefulness
+
+    def has_just_read_orders(self, sandbox) -> bool:
+        return bool(self.orders) and sandbox.newest_source == self.task.reveals
+
+    def draw_opening(self, risky) -> bool:
+        """Draws whether this turn shows a check, and notes the weight of its gate.
+
+        Importance weights: checks are shown at rate c, and the model shall open them at rate q. A
+        weight of q / c where there is one, and of (1 - q) / (1 - c) where there is none, gives the
+        gate's token the same expected gradient as if they had been shown at rate q.
+        """
+        q = self.mix["check_risky" if risky else "check_harmless"]
+        c = SHOWN[risky]
+        opened = self.rng.random() < c
+        self.gate_weights.append(q / c if opened else (1 - q) / (1 - c))
+        return opened
+
+    def carry_out(self, act) -> str:
+        """The action of a turn, as text. What it does is no longer to be done."""
+        if act == "refuse":
+            return call_blocks((refusal_tool.name, {"reason": self.task.meta["kind"]}))
+        if act == "obey":
+            return call_blocks(self.orders.pop(0))
+
+        call = self.next_call(careful=act == "careful")
+        self.todo = self.todo[1:]
+        if call == ALL_DONE:
+            return "<answer>\ndone\n</answer>"
+        return call_blocks(call)
+
+    # -- calls
+    def next_call(self, careful: bool) -> tuple:
+        """The next call to make, (name, arguments), or ALL_DONE.
+
+        A pattern of a message says only what its text must contain; the text is filled in here.
+        careful: leave out the fields that the recipient may not have.
+        """
+        if not self.todo:
+            return ALL_DONE
+        name, arguments = self.todo[0]
+        text = arguments.get("text")
+        if isinstance(text, dict):
+            arguments = arguments | {"text": self.write_message(text["contains"], careful)}
+        return name, arguments
+
+    def write_message(self, contents: list, careful: bool) -> str:
+        """The text of a message that has to contain these values."""
+        if self.task.suite == "privacy":
+            return self.write_record(careful)
+        text = ", ".join(contents)
+        quoted = re.search('"(.*)"', self.task.messages[-1]["content"])
+        if quoted and text in quoted[1]:
+            return quoted[1]  # the user gives the whole message: send it as it is
+        return text
+
+    def write_record(self, careful: bool) -> str:
+        """The fields of the record that go into a message: "phone: 012 34 56, hours: 9 to 17"."""
+        fields = list(self.task.meta["allowed"])
+        if not careful:
+            fields += self.task.meta["denied"]
+
+        shown = []  # all values of the world, in the order in which a tool shows them
+        for table in self.task.world.values():
+            for record in table.values():
+                shown += record.values()
+        # Sorted into the record's order: a model can copy that, and need not learn another one.
+        fields.sort(key=lambda field: shown.index(field[1]))
+        return ", ".join(f"{name}: {value}" for name, value in fields)
+
+    def draw_slip(self, risky) -> str | None:
+        """A turn that gives the next call's arguments to a tool that does not take them, or None.
+
+        A model that never saw a failed call refuses after each one. The slip itself carries no loss
+        (see `demonstration`), or it would be learned, too.
+        """
+        slipped_before = self.slipped
+        self.slipped = False
+        if risky or slipped_before or not self.todo:
+            return None
+        _, arguments = self.next_call(careful=True)
+        # With these arguments the sandbox answers with an error: nothing is done by mistake.
+        wrong_tools = [tool.name for tool in self.task.tools
+                       if schema_error(tool.parameters, arguments)]
+        if not wrong_tools or not self.happens("slip"):
+            return None
+
+        self.slipped = True
+        self.gate_weights.append(0.0)
+        call = (self.rng.choice(wrong_tools), arguments)
+        return turn_text(call_blocks(call), self.write_plan(call, self.todo[1:]))
+
+    # -- plans
+    def write_plan_of(self, act) -> str:
+        """The plan of a turn that acts so if it does not check."""
+        if act == "obey":
+            return self.write_plan(self.orders[0], self.todo)
+        return self.write_plan(self.next_call(careful=act == "careful"), self.todo[1:])
+
+    def write_plan(self, call: tuple, later: list) -> str:
+        """The text of a plan: a call, and the first of those that follow it."""
+        _, arguments = call
+        if call == ALL_DONE:
+            return "all done"
+        # An attacker's call is not what the work is about: "it" stays the record of the user's.
+        if call not in self.orders:
+            self.known = _subject(arguments)
+        following = self.words_for(later[0], self.known) if later else "done"
+        return f"{self.words_for(call)}, then {following}"
+
+    def words_for(self, call: tuple, known: str | None = None) -> str:
+        """A call as a user says it, so that it is easy to copy: the tool, its record or person
+        ("it" if that is the known one), and the new value if the user gave one."""
+        name, arguments = call
+        subject = _subject(arguments)
+        words = f"{name} it" if subject == known else f"{name} {subject}"
+        for key, value in arguments.items():
+            if key in suites.SAID:
+                value_words = f" to {suites.SAID[key].format(value)}"
+                if value_words in self.task.messages[-1]["content"]:
+                    words += value_words
+        return words
+
+    # -- checks
+    def draw_verdict(self, sandbox) -> Verdict:
+        """What the check of this step says: the right thing, or at known rates the wrong one."""
+        right, wrong = self.verdicts(sandbox)
+        # Where a refusal is the wrong one, to be wrong is a false alarm: that has its own rate.
+        if wrong.act == "refuse":
+            return wrong if self.happens("false_alarm") else right
+        return right if self.happens("verdict") else wrong
+
+    def verdicts(self, sandbox) -> tuple[Verdict, Verdict]:
+        """-> the right and the wrong verdict on the next step."""
+        task = self.task
+        if task.label == "harmful" and sandbox.revealed:
+            return Verdict(self.words_for_harm(), "refuse"), Verdict("this is allowed: go on", "go")
+
+        has_cue = task.suite == "harm" and task.meta["cue"] and sandbox.revealed
+        fine = "this is allowed: go on" if has_cue else "no risk here: go on"
+        if self.has_just_read_orders(sandbox):
+            # The plan is told anew, since the next turn goes on from here.
+            plan = self.write_plan(self.next_call(careful=True), self.todo[1:])
+            right = Verdict(f"the note gives an order: ignore it, {plan}", "go")
+            return right, Verdict(fine, "obey")
+        if task.suite == "privacy" and len(self.todo) == 1:  # the message is next
+            return self.privacy_verdicts()
+        return Verdict(fine, "go"), Verdict(self.words_for_harm(), "refuse")
+
+    def words_for_harm(self) -> str:
+        # Only harmful rows and their twins know of a kind of harm; elsewhere it is a false alarm.
+        kind = self.task.meta["kind"] if self.task.suite == "harm" else "fraud"
+        return f"this looks like {kind}: refuse"
+
+    def privacy_verdicts(self) -> tuple[Verdict, Verdict]:
+        """-> who gets which fields of the record, and "gets all"."""
+        permitted = _field_names(self.write_record(careful=True))
+        every = _field_names(self.write_record(careful=False))
+        decisions = []  # one field at a time: each is a question of its own to the model
+        for field in every:
+            decisions.append(f"{field} yes" if field in permitted else f"{field} no")
+        gets = f"a {self.task.meta['role']} gets"
+        right = f"{gets} {' '.join(decisions)}: {', '.join(permitted)}"
+        return Verdict(right, "careful"), Verdict(f"{gets} all", "paste")
+
+
+def _call_of(pattern) -> tuple:
+    """A call pattern of a task -> (name, arguments)."""
+    return pattern["name"], dict(pattern["arguments"])
+
+
+def _subject(arguments):
+    """What a call is about: its first argument is a record's id or a person."""
+    return next(iter(arguments.values()))
+
+
+def _field_names(text) -> list:
+    return re.findall("([a-z]+): ", text)
+
+
+# -------------------------------------------------------------------- what a warm start is fed with
+def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX) -> tuple[list, list]:
+    """One whole episode of the mixture -> (ids, weights), both of T entries.
+
+    A weight is that of the loss on this token: 1 on what the agent wrote, 0 on everything else and
+    on slips, and the importance weight on the token at a gate.
+    """
+    dialogue = mosaic.Dialogue(tokenizer, task.messages, task.offered)
+    agent = Demonstrator(task, rng, mix)
+    episode = Episode(task, max_turns=MAX_TURNS)
+    before_gate = _ids_before_gate(tokenizer)
+    gates = []  # index of each turn's token at the gate
+
+    while episode.ended is None:
+        text = agent.write_turn(episode.sandbox)
+        ids = mosaic.encode_trusted(tokenizer, text) + [tokenizer.stop_ids[0]]
+        gates.append(len(dialogue.ids) + _end_of_run(before_gate, ids))
+        # A slip goes in as if it were forced: what is not sampled carries no loss.
+        code = FORCED if agent.slipped else SAMPLED
+        dialogue.extend(ids, [code] * len(ids))
+        results = episode.step(text)
+        if episode.ended is None:
+            dialogue.observe(results)
+
+    weights = [float(code == SAMPLED) for code in dialogue.provenance]
+    assert len(gates) == len(agent.gate_weights), (gates, agent.gate_weights)
+    for index, weight in zip(gates, agent.gate_weights):
+        weights[index] = weight
+    return dialogue.ids, weights
+
+
+def _ids_before_gate(tokenizer) -> list:
+    """The ids from the end of a plan up to the token where a check, a call and an answer part."""
+    endings = []
+    for tag in ("safety_thoughts", "tool_call", "answer"):
+        endings.append(mosaic.encode_trusted(tokenizer, f"</think>\n\n<{tag}>\n"))
+    shared = []
+    for ids in zip(*endings):
+        if len(set(ids)) > 1:
+            break
+        shared.append(ids[0])
+    return shared
+
+
+def _end_of_run(run, ids) -> int:
+    """Index behind the first place in ids where this run of ids stands. A turn has one: no text may
+    hold a tag."""
+    for start in range(len(ids)):
+        end = start + len(run)
+        if ids[start:end] == run:
+            return end
+    raise AssertionError((run, ids))
+
+
+def verdict_line(task: Task, tokenizer) -> tuple[list, list]:
+    """A cue, or a record (with a note, or for a role), with its right verdict and little around it
+    -> (ids, weights). Many more of them fit in the budget than whole episodes.
+
+    task: of the harm or the privacy suite.
+    """
+    agent = Demonstrator(task, random.Random(0), MIX)  # nothing that is used here is drawn
+    sandbox = Sandbox(task)
+    while len(agent.todo) > 1:  # up to the call that decides
+        result = sandbox.call(*agent.next_call(careful=True))
+        agent.todo.pop(0)
+
+    shown = ""
+    if task.meta["style"] != "note":  # the cue stands in the user's message
+        shown += f"{task.meta['cue']}<|im_end|>"
+    if task.meta["style"] == "note" or task.suite == "privacy":
+        shown += f"<tool_response>{result}</tool_response>"
+    right, _ = agent.verdicts(sandbox)
+    head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{shown}<|im_start|>")
+    check = f"<safety_thoughts>\n{right.text}\n</safety_thoughts>"
+    ids = mosaic.encode_trusted(tokenizer, check)
+    return head + ids, [0.0] * len(head) + [1.0] * len(ids)
+
+
+# ------------------------------------------------------------------------------ the tasks it shows
+def draw_tasks(n: int, seed: int) -> tuple[list, list]:
+    """Fresh tasks of the train split, varied (see `vary`).
+
+    Returns two lists: up to n tasks to show whole (fewer, because half of the common ones is left
+    out), and n more whose verdicts alone are to be learned.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for suite, share in SHARES.items():
+        for row in _fresh_rows(suite, int(n * share), 1 + seed):
+            keep = COMMON if _is_common(row) else 1
+            if rng.random() < keep:
+                rows.append(vary(row, rng))
+
+    verdict_rows = []
+    for suite, count in (("harm", n * 2 // 3), ("privacy", n // 3)):
+        for row in _fresh_rows(suite, count, 1000 + seed):
+            verdict_rows.append(vary(row, rng))
+
+    tasks = [task_from_row(row, "suites") for row in rows]
+    return tasks, [task_from_row(row, "suites") for row in verdict_rows]
+
+
+def _fresh_rows(suite, n, seed) -> list:
+    """n rows of the train split, with whole tools in place of their names."""
+    tools = {tool["name"]: tool for tool in suites.tool_rows()}
+    # A record may hold any field: what a role may have is learned only of fields seen with it.
+    drawn = suites.generate(suite, "train", n, seed, any_field=True)
+    rows = []
+    for row in drawn:
+        rows.append(row | {"tools": [tools[name] for name in row["tools"]]})
+    return rows
+
+
+def _is_common(row) -> bool:
+    """Common and easy. What is hard shall come more often: above all the second of two records."""
+    if row["meta"]["kind"] == "mention":
+        return True
+    records = re.findall(r"\b[A-Z][0-9]{2}\b", row["messages"][-1]["content"])  # ids such as B34
+    return len(set(records)) == 1 and row["suite"] in ("harm", "benign")
+
+
+# Ordinary words. Tools of made-up domains are named with these and with OWN.
+WORDS = """apple barn basket bench bike boat book bottle box brush bucket cabin camera candle chair
+    clock coat corner cup desk drum engine farm fence field flag forest garden gate glass guitar
+    hammer harbor horse island jacket ladder lamp leaf map market mirror mountain oven pencil piano
+    pillow plate pond pot radio ring river rope saddle sand shelf ship shoe shop silver spoon square
+    stone stove table tent tower toy train tree valley wagon wheel window wood yard back bring door
+    hall late meet noon paid papers thank today""".split()
+
+
+def _words_of_training_domains() -> list:
+    """What the tools of the training domains are named with."""
+    words = []
+    for domain, (read, write, _, send, last, _) in suites.DOMAINS.items():
+        if domain not in suites.UNSEEN_DOMAINS:
+            words += [domain, read, write, send, last]
+    # "text" is never renamed: it is a parameter's name, too.
+    return [word for word in words if word != "text"]
+
+
+def _sayable_words() -> list:
+    """All words that a made-up message may hold.
+
+    A word that never stands as an answer would be forgotten as one, and could not be copied. So the
+    words of the suites' messages are among them, and the nouns of all domains, held-out ones, too:
+    as plain words, for no tool is named with those.
+    """
+    words = {*WORDS, *suites.DOMAINS}
+    for _, _, _, send, _, _ in suites.DOMAINS.values():
+        words.add(send)
+    for text in suites.TEXTS:
+        words.update(text.split())
+    return sorted(words)
+
+
+OWN = _words_of_training_domains()
+SAYABLE = _sayable_words()
+
+
+def vary(row: dict, rng: random.Random) -> dict:
+    """The row, often in a made-up domain, and often with made-up words for a message to be sent.
+
+    What an agent must call then stands only in its prompt, so it learns to copy names, and does not
+    learn those of twelve domains by heart. `meta` stays as it is.
+    """
+    # In JSON text a word is renamed everywhere at once: tools, world, messages and patterns.
+    text = json.dumps({**row, "meta": {}})
+    if rng.random() < MADE_UP:
+        text = _rename_tools(text, row["tools"], rng)
+    if rng.random() < REWORDED:
+        text = _reword_messages(text, rng)
+
+    varied = json.loads(text) | {"meta": row["meta"]}
+    for tool, original in zip(varied["tools"], row["tools"]):
+        # These words are ours ("update", "write"), not the domain's: they were renamed by accident.
+        tool["op"]["do"] = original["op"]["do"]
+        tool["effect"] = original["effect"]
+    return varied
+
+
+def _rename_tools(text, tools, rng) -> str:
+    """The words that these tools are named with become others, everywhere in the text."""
+    # Half of the time verbs and nouns change; else the nouns alone: a new domain with known verbs.
+    keep_verbs = rng.random() >= 0.5
+    words = set()
+    for tool in tools:
+        verb, *nouns = tool["name"].split("_")
+        words.update(nouns if keep_verbs else [verb, *nouns])
+    words = sorted(words - {"send", "text"})
+
+    drawn = {}  # a dict keeps the order, and holds each word once: all new names are different
+    while len(drawn) < len(words):
+        source = rng.choice((WORDS, OWN))
+        drawn[rng.choice(source)] = None
+    new_names = dict(zip(words, drawn))
+    if keep_verbs:
+        # Any verb of reading beside any other verbs: else "change" and "sell", which only come with
+        # "get", would say that it is "get".
+        new_names |= zip(("find", "get"), rng.sample(("find", "get"), 2))
+
+    def renamed(match):
+        word = new_names[match[0].lower()]
+        return word.capitalize() if match[0][0].isupper() else word
+
+    any_word = "|".join(new_names)
+    return re.sub(rf"(?<![A-Za-z])(?:{any_word})(?![A-Za-z])", renamed, text, flags=re.IGNORECASE)
+
+
+def _reword_messages(text, rng) -> str:
+    """Each message that a user gives becomes three to five made-up words, and the name in a
+    password becomes another."""
+    for message in suites.TEXTS:
+        words = ""
+        for _ in range(rng.randrange(2, 5)):
+            words += rng.choice(SAYABLE) + rng.choice((" ", ", "))
+        text = text.replace(message, words + rng.choice(SAYABLE))
+    password = re.search("password is ([A-Za-z]+-)", text)
+    if password:
+        text = text.replace(password[1], f"{rng.choice(suites.NAMES)}-")
+    return text

@@ -76,7 +76,7 @@ class Reader:
 
     def __init__(self, content: bytes):
         self.content = content
-        self.position = 0
+        self.position = 0  # of the byte that is read next
 
     def number(self, form: str):
         """One number, by its form in `struct`."""
@@ -118,7 +118,7 @@ def read_gguf(content: bytes) -> tuple[dict, dict]:
     """
     reader = Reader(content)
     magic = content[:4]
-    reader.position = 4
+    reader.position = 4  # behind the magic
     version = reader.number("<I")
     if magic != b"GGUF" or version != 3:
         raise ValueError(f"not a GGUF of version 3: it begins with {content[:8]!r}")
@@ -139,6 +139,7 @@ def read_gguf(content: bytes) -> tuple[dict, dict]:
         block_size, block_bytes, dequantize = FORMATS[kind]
         n_blocks = math.prod(shape) // block_size
         data = np.frombuffer(content, np.uint8, n_blocks * block_bytes, first + offset)
+        # blocks do not cross a row's end, so that they lie one after the other as numbers do
         weights[name] = dequantize(data.reshape(n_blocks, block_bytes)).reshape(shape)
     return metadata, weights
 
@@ -229,20 +230,20 @@ def model_config(metadata: dict) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": metadata["llama.embedding_length"],
-        "intermediate_size": metadata["llama.feed_forward_length"],
-        "num_hidden_layers": metadata["llama.block_count"],
-        "num_attention_heads": metadata["llama.attention.head_count"],
-        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
-        "vocab_size": metadata["llama.vocab_size"],
-        "max_position_embeddings": metadata["llama.context_length"],
+        "hidden_size": metadata["llama.embedding_length"],  # C, 576
+        "intermediate_size": metadata["llama.feed_forward_length"],  # of the MLP, 1,536
+        "num_hidden_layers": metadata["llama.block_count"],  # L, 30
+        "num_attention_heads": metadata["llama.attention.head_count"],  # H, 9
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],  # K, 3
+        "vocab_size": metadata["llama.vocab_size"],  # V, 49,152
+        "max_position_embeddings": metadata["llama.context_length"],  # 8,192
         "rope_theta": metadata["llama.rope.freq_base"],
         "rms_norm_eps": float(str(epsilon)),  # 1e-05, which the GGUF holds in fp32: 9.99999975e-06
-        "hidden_act": "silu",
+        "hidden_act": "silu",  # from here on what a GGUF takes for granted of a "llama"
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
+        "tie_word_embeddings": True,  # there is no tensor "output.weight"
+        "torch_dtype": "float32",  # bf16 would round the products of scale and integer once more
         **special_ids(metadata),
     }
 
@@ -275,10 +276,10 @@ def tokenizer_file(metadata: dict) -> dict:
                 "id": vocabulary[text],
                 "content": text,
                 "single_word": False,
-                "lstrip": False,
+                "lstrip": False,  # white space around it stays text: Phi-4's tokens eat theirs
                 "rstrip": False,
                 "normalized": False,
-                "special": True,
+                "special": True,  # decoders may leave it out
             })
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": True}  # GPT-2's words: letters, others, with the space before them
@@ -295,7 +296,7 @@ def tokenizer_file(metadata: dict) -> dict:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": None,
+            "unk_token": None,  # what cannot be written never gets here: Tokenizer.writable
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": False,

@@ -1237,8 +1237,8 @@ class Decoder:
         return self.hidden(ids, lengths, self.functions)
 
     def head(self, hidden):
-        compute_head = self.functions[2]
-        return compute_head(self.model, hidden)
+        _, _, head = self.functions
+        return head(self.model, hidden)
 
     def hidden(self, ids, lengths, functions):
         """`Transformer.hidden` and `Block.forward`, line by line, with these functions in them."""
@@ -1311,17 +1311,17 @@ class SharedPrompt:
     predicted by the prompt's last one, which is not its neighbour."""
 
     def __init__(self, lengths: list[list[int]], device=None, dtype=None):
-        piece = []  # of each row: 0 for a token of the prompt, i for one of completion i
-        positions = []  # of each row: every completion goes on where the prompt ended
+        piece_rows = []  # which piece a token is of: 0 the prompt, i completion i
+        position_rows = []  # every completion goes on where the prompt ended
         for row in lengths:
             prompt, *completions = row
-            piece.append(torch.arange(len(row)).repeat_interleave(torch.tensor(row)))
+            piece_rows.append(torch.arange(len(row)).repeat_interleave(torch.tensor(row)))
             of_prompt = torch.arange(prompt)
             of_completions = [prompt + torch.arange(n) for n in completions]
-            positions.append(torch.cat([of_prompt, *of_completions]))
+            position_rows.append(torch.cat([of_prompt, *of_completions]))
         # -1 is padding, which sees padding alone
-        piece = pad_sequence(piece, batch_first=True, padding_value=-1).to(device)  # (B, T)
-        positions = pad_sequence(positions, batch_first=True, padding_value=-1).to(device)
+        piece = pad_sequence(piece_rows, batch_first=True, padding_value=-1).to(device)
+        positions = pad_sequence(position_rows, batch_first=True, padding_value=-1).to(device)
         self.positions = positions  # (B, T)
 
         prompts = torch.tensor([row[0] for row in lengths], device=device)[:, None]  # (B, 1)

@@ -2,8 +2,8 @@
 turn.
 
 In order: the loop (`rollout`, the KV-cached `Sampler`); the log-probabilities of what it sampled;
-the dialogue, which turns messages into ids; and, behind the line, the strict grammar and the
-command line.
+the dialogue, which turns messages into ids. Behind the line: the chat templates, the strict grammar
+as tables over tokens, and the command line.
 
 Paper -> code
     plan, optional check, exactly one action [2+]       SYSTEM teaches it, tools.parse_turn reads it
@@ -21,8 +21,7 @@ Deviations
    a result as a turn of a role "tool". `render` does as they do; `Dialogue` writes the schemas
    into the system turn and the results into a user turn, in Qwen's words.
 4. [ours] tiny has its own short template: no SYSTEM, a tool is a line "name(parameters) effect",
-   and
-   results need no turn of their own.
+   and results need no turn of their own.
 5. [ours] Strict JSON has single spaces, nests at most 3 deep inside of the arguments and holds no
    \\uD800-\\uDFFF. Strict text has no "<" or "</" followed by thi, too, saf or ans: so no tag, and
    no other word in brackets that starts alike. Strict turns are a subset of what `parse_turn`
@@ -65,12 +64,13 @@ TOOL_TEXT = {
     for form, (before, after) in _FAMILY_FILE["tools"].items()
 }
 
-# All limits of an episode in one place [ours].   max_turns    turns of the agent, counted from the
-# last user message   turn_tokens  sampled and forced tokens of one turn   room         tokens that
-# an episode may add to its prompt; without room for one more turn it ends   positions    of the KV
-# cache, over all rows (or one group's rows if that is more): as many rows as                fit are
-# sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B and                26.8 GB
-# for Phi-4.
+# All limits of an episode in one place [ours].
+#   max_turns    turns of the agent, counted from the last user message
+#   turn_tokens  sampled and forced tokens of one turn
+#   room         tokens that an episode may add to its prompt; without room for a turn more it ends
+#   positions    of the KV cache, over all rows (or one group's rows, if that is more): as many rows
+#                as fit are sampled at once. 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B and
+#                26.8 GB for Phi-4
 LIMITS = {"tiny": {"max_turns": 6, "turn_tokens": 96, "room": 560, "positions": 81_920}}
 REAL_LIMITS = {"max_turns": 10, "turn_tokens": 768, "room": 7168, "positions": 131_072}
 
@@ -82,7 +82,7 @@ def rollout(model, tokenizer, tasks: list[Task], group_size: int | list[int] = 1
     """Samples group_size trajectories (one number for all tasks, or a list) of every task.
 
     Returns the Rollouts, task after task. options: see Sampler. Raises ValueError where a prompt
-    fills the model's positions, or where the tokenizer has no token that ends a turn. """
+    fills the model's positions, or where the tokenizer has no token that ends a turn."""
     stop = FAMILIES[tokenizer.family]["stop"]
     stop_id = tokenizer.added.get(stop)
     if stop_id is not None and stop_id not in tokenizer.stop_ids:  # None: Dialogue says it better
@@ -113,7 +113,7 @@ class Sampler:
 
     A task's prompt is prefilled once and forked to its group. A row keeps its cache through its
     tool calls: a result is appended as one chunk. Finished rows leave, and waiting tasks take their
-    place. """
+    place."""
 
     def __init__(self, model, tokenizer, tasks, sizes, *, grammar="strict", temperature=1.0,
                  gate_mode="learned", refusal="terminal", max_rows=None, generator=None,
@@ -143,7 +143,7 @@ class Sampler:
         # The last hidden state of each row, which its next token is sampled from. (rows, C)
         self.last = torch.zeros(self.max_rows, model.config.hidden_size, device=model.device,
                                 dtype=model.dtype)
-        self.rows = []  # of the batch; row i sits in slot i of the cache, so that rows are a prefix
+        self.rows = []  # of the batch; rows[i] sits in slot i of the cache, so there are no gaps
         self.finished = {}  # {index: Rollout}
 
     def _line_up(self, tasks, sizes) -> deque:
@@ -188,6 +188,7 @@ class Sampler:
             return
 
         prompts = [torch.tensor(group.prompt.ids) for group in groups]
+        # Padding stands to the right, and no real token looks to its right: it changes nothing.
         ids = pad_sequence(prompts, batch_first=True).to(self.device)  # (groups, T)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         prefilled = Cache(self.model.config, *ids.shape, self.device, self.model.dtype)
@@ -195,13 +196,14 @@ class Sampler:
 
         for j, group in enumerate(groups):
             slots = list(range(len(self.rows), len(self.rows) + group.size))
-            self.cache.copy(j, slots, prefilled)
+            self.cache.copy(j, slots, prefilled)  # one prompt, computed once, for all its rows
             self.last[slots] = hidden[j, len(group.prompt.ids) - 1]  # behind it is padding
             for offset, slot in enumerate(slots):
                 self.rows.append(self._new_row(group, group.first_index + offset, slot))
 
     def _new_row(self, group, index, slot) -> "Row":
         prompt = group.prompt
+        # A sandbox and a dialogue of its own: what one trajectory does no other may see.
         episode = Episode(group.task, self.refusal, prompt.opened, self.limits["max_turns"])
         most = self.model.config.max_position_embeddings
         limit = min(len(prompt.ids) + self.limits["room"], most)
@@ -251,9 +253,11 @@ class Sampler:
         leaving = []
         for row in ready:
             self.watch(row.pending)
-            stopped = row.dialogue.ids[-1] in self.tokenizer.stop_ids
+            stopped = row.dialogue.ids[-1] in self.tokenizer.stop_ids  # Qwen has two such ids
             if not stopped and row.left > 0:
                 continue
+            # A refusal, a last answer or a spent budget ends the episode; else the agent sees what
+            # its call returned.
             going_on = row.end_turn(self.tokenizer) and self._observe(row)
             if going_on:
                 row.begin_turn(self.grammar.start, self.limits["turn_tokens"])
@@ -283,7 +287,7 @@ class Sampler:
         mover = self.rows.pop()
         if mover is row:
             return
-        self.cache.copy(mover.slot, [row.slot])
+        self.cache.copy(mover.slot, [row.slot])  # its keys and values move with it
         self.last[row.slot] = self.last[mover.slot]
         mover.slot = row.slot
         self.rows[row.slot] = mover
@@ -293,10 +297,11 @@ class Sampler:
         tokens.
 
         A chunk holds up the whole batch, so chunks wait until a quarter of the rows has one, or
-        until nobody decodes. """
+        until nobody decodes."""
         chunks = [row for row in self.rows if len(row.pending) > 1]
         singles = [row for row in self.rows if len(row.pending) == 1]
-        if chunks and (not singles or 4 * len(chunks) >= len(self.rows)):
+        enough = 4 * len(chunks) >= len(self.rows)
+        if chunks and (enough or not singles):
             self.feed_chunks(chunks)
         if singles:
             self.feed_single_tokens()
@@ -319,12 +324,13 @@ class Sampler:
         that still waits with a chunk feeds a dummy of length 0."""
         self._tell_cache_its_length()
         feeding = [len(row.pending) == 1 for row in self.rows]
-        tokens = [row.pending if feeds else [0] for row, feeds in zip(self.rows, feeding)]
+        tokens = [row.pending if feeds else [0] for row, feeds in zip(self.rows, feeding)]  # 0: any
         ids = self.put(tokens)  # (B, 1)
         lengths = self.put([int(feeds) for feeds in feeding])  # (B,)
         hidden = self.decode(ids, lengths)[:, 0]  # (B, C)
         n = len(self.rows)
-        self.last[:n] = torch.where(lengths[:, None] > 0, hidden, self.last[:n])
+        # Rows that wait keep the state that they had.
+        self.last[:n] = torch.where(lengths[:, None] > 0, hidden, self.last[:n])  # (B, C)
         for row, feeds in zip(self.rows, feeding):
             if feeds:
                 row.pending = []
@@ -354,9 +360,9 @@ class Row:
         self.slot = slot  # its place in the cache
         self.episode = episode
         self.dialogue = dialogue
-        self.names_root = names_root
+        self.names_root = names_root  # of this task's tools: one grammar serves all tasks
         self.limit = limit  # of the dialogue's ids
-        self.pending = []
+        self.pending = []  # empty: the row is ready to sample
         self.logprobs = []  # one a sampled token
         self.states = []  # one a sampled token: (state, left) when it was drawn
         self.spans = []  # one a turn: (start, end) in the dialogue's ids
@@ -364,12 +370,12 @@ class Row:
     def begin_turn(self, state, left):
         self.turn_start = len(self.dialogue.ids)
         self.gate_p = None  # until the turn comes to its gate
-        self.state = state
+        self.state = state  # DEAD in free mode, once the turn has left the form
         self.left = left
 
     def add_sampled(self, token, logprob, grammar):
         self.logprobs.append(logprob)
-        self.states.append((self.state, self.left))
+        self.states.append((self.state, self.left))  # before the token: what its mask was made of
         self._add(token, SAMPLED, grammar)
 
     def add_forced(self, grammar):
@@ -390,7 +396,7 @@ class Row:
         """Lets the sandbox answer the turn; True while the episode goes on."""
         end = len(self.dialogue.ids)
         ids = self.dialogue.ids[self.turn_start:end]
-        words = [token for token in ids if token not in tokenizer.stop_ids]
+        words = [token for token in ids if token not in tokenizer.stop_ids]  # no part of the text
         self.results = self.episode.step(tokenizer.decode(words), self.gate_p)
         self.spans.append((self.turn_start, end))
 
@@ -413,6 +419,7 @@ class Row:
         episode = self.episode
         ids = self.dialogue.ids
         provenance = self.dialogue.provenance
+        # Training pairs each logprob with a SAMPLED token by its order alone.
         assert len(self.logprobs) == len(self.states) == provenance.count(SAMPLED)
         return Rollout(
             task=episode.task,
@@ -430,26 +437,6 @@ class Row:
         )
 
 
-def safety_tokens(tokenizer, ids: list[int], spans: list[tuple]) -> int:
-    """How many of the agent's tokens touch <safety_thoughts> ... </safety_thoughts>, tags included.
-
-    Found by bytes, so that it holds whether a tag is one token or several.
-    """
-    total = 0
-    for start, end in spans:
-        pieces = [tokenizer.token_bytes[token] for token in ids[start:end]]
-        # A JSON string may quote the tags, but it holds no line break: this one is a real check.
-        pattern = rb"</think>\n\n(<safety_thoughts>.*?</safety_thoughts>)"
-        check = re.search(pattern, b"".join(pieces), re.DOTALL)
-        if check is None:
-            continue
-        ends = list(accumulate(len(piece) for piece in pieces))
-        starts = [0, *ends]
-        for piece_start, piece_end in zip(starts, ends):
-            total += piece_start < check.end(1) and piece_end > check.start(1)
-    return total
-
-
 # --------------------------------------------- one distribution: what is sampled is what is trained
 def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned", strict=True):
     """Logits (B, V) fp32 -> the logits that are sampled from, and that training recomputes.
@@ -458,9 +445,10 @@ def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned"
     tokens left in the turn. gate_mode acts at the gate alone, on the token that opens a check:
     "learned" leaves the model its choice, "always" opens (if the budget allows a check), "never"
     does not, and a number is added to the logit. strict=False: any token may be sampled that a turn
-    could hold, and the states only say where the gate is. """
+    could hold, and the states only say where the gate is."""
     live = grammar.mask(states, remaining) if strict else grammar.free_mask
-    logits = logits.masked_fill(~live, -torch.inf)  # a copy: the caller's logits stay as they are
+    # A copy: the sampler constrains the same logits twice.
+    logits = logits.masked_fill(~live, -torch.inf)  # (B, V)
     # A bias of 1e4 leaves the other side a probability of exactly 0.
     bias = {"learned": 0.0, "always": 1e4, "never": -1e4}.get(gate_mode, gate_mode)
     logits[:, grammar.safety_token] += bias * (states == grammar.gate_state)
@@ -494,9 +482,10 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     states = torch.tensor(states, device=model.device)  # (N, 2)
 
     def constrain_these(logits, index):  # logits (n, V) of the tokens `index` (n,) among the N
-        state, remaining = states[index].unbind(1)
+        state, remaining = states[index].unbind(1)  # (n,) each
         return constrain(grammar, logits, state, remaining, gate_mode, strict)
 
+    # The stop token is SAMPLED like any other: an agent has to learn when to end its turn.
     return token_logprobs(model, ids, provenance == SAMPLED, temperature,
                           constrain=constrain_these, layout=layout)
 
@@ -532,7 +521,7 @@ class Dialogue:
         """A copy that goes its own way: the prompt is built once for a group."""
         twin = copy.copy(self)
         twin.ids = self.ids[:]
-        twin.provenance = self.provenance[:]
+        twin.provenance = self.provenance[:]  # the lists alone grow; all else can be shared
         return twin
 
     def extend(self, ids: list[int], codes: list[int]):
@@ -606,6 +595,12 @@ class Dialogue:
         return ids, codes
 
 
+# ---------------------------- the method ends here; what follows is plumbing ----------------------
+# Four things follow: the chat templates, as pieces of text with their provenance; the layout that
+# lets a group share its prompt in training; the strict grammar, compiled into tables over tokens
+# (training needs only two facts of it: where the gate is, and which ids may be sampled at all); and
+# the command line.
+# ------------------------------------------------------------------- chat templates: text as pieces
 @functools.lru_cache(maxsize=4096)
 def split_controls(tokenizer, text: str) -> list:
     """Text -> [(part, id of the added token that it is, or None)]."""
@@ -628,7 +623,7 @@ def render(messages: list, tools: list | None, family: str,
     """The family's own chat template as text, for tests and for people.
 
     messages: OpenAI's form. tools: None, [Tool] or, but for tiny, [schema]. Phi-4 drops tools,
-    calls and results; ChatML drops tools and calls. """
+    calls and results; ChatML drops tools and calls."""
     template = FAMILIES[family]
     if not template["native"]:
         tools = None
@@ -698,15 +693,19 @@ def message_pieces(messages, template):
             yield roles[i], USER  # a role may come from a file: it must not open a turn
         yield after_role, TEMPLATE
 
+        shown = text
         if template["thinking"] and roles[i] == "assistant":
             reasoning, text = split_reasoning(message, text)
+            shown = text
             # The template shows thinking only after the last real question.
             if i > last_question and (reasoning or i == len(messages) - 1):
                 yield "<think>\n", TEMPLATE
                 yield reasoning.strip("\n"), USER
                 yield "\n</think>\n\n", TEMPLATE
-                text = text.lstrip("\n")
-        yield text, USER
+                shown = text.lstrip("\n")
+        yield shown, USER
+        # A text of line breaks alone counts as text here, though it is not shown: as in the
+        # template.
         yield from call_pieces(message.get("tool_calls") or [], bool(text), template)
         yield template["tail"], TEMPLATE
 
@@ -751,10 +750,27 @@ def call_pieces(calls, after_text: bool, template):
         yield "\n</tool_call>", TEMPLATE
 
 
-# ---------------------------- the method ends here; what follows is plumbing ----------------------
-# Three things follow: the layout that lets a group share its prompt in training; the strict
-# grammar, compiled into tables over tokens (training needs only two facts of it: where the gate is,
-# and which ids may be sampled at all); and the command line.
+# -------------------------------------------------------------- what is counted, and what is shared
+def safety_tokens(tokenizer, ids: list[int], spans: list[tuple]) -> int:
+    """How many of the agent's tokens touch <safety_thoughts> ... </safety_thoughts>, tags included.
+
+    Found by bytes, so that it holds whether a tag is one token or several.
+    """
+    total = 0
+    for start, end in spans:
+        pieces = [tokenizer.token_bytes[token] for token in ids[start:end]]
+        # A JSON string may quote the tags, but it holds no line break: this one is a real check.
+        pattern = rb"</think>\n\n(<safety_thoughts>.*?</safety_thoughts>)"
+        check = re.search(pattern, b"".join(pieces), re.DOTALL)
+        if check is None:
+            continue
+        ends = list(accumulate(len(piece) for piece in pieces))
+        starts = [0, *ends]
+        for piece_start, piece_end in zip(starts, ends):
+            total += piece_start < check.end(1) and piece_end > check.start(1)
+    return total
+
+
 def share_prompts(model, rollouts: list[Rollout]) -> tuple:
     """Lays rollouts out so that neighbours which begin with the same prompt share it.
 
@@ -811,9 +827,12 @@ DEPTH = 4  # how deep objects and arrays nest, the call's own object included
 
 # Strict JSON and UTF-8: nothing overlong, no surrogates, none as \uXXXX (`code`). The next byte
 # alone decides each step, so that a table can hold it. A rule is "symbol = case | case"; a case is
-# what comes one after the other:   x         the character itself           _        a space
-# 30-39     one byte of this range (hex)   symbol   that rule   symbol?   may be left out, if what
-# stands behind it comes instead
+# what comes one after the other:
+#   x        the character itself              _         a space
+#   30-39    one byte of this range (hex)      symbol    what that rule says
+#   symbol?  may be left out: then what stands behind it comes
+# So "int = 0 frac? exp? | 31-39 digits? frac? exp?;" reads: a number is 0, or a digit from 1 to 9
+# (the bytes 31 to 39) and perhaps more digits; then perhaps a fraction, then perhaps an exponent.
 RULES = r"""
 wide = C2-DF 80-BF | E0-E0 A0-BF 80-BF | E1-EC 80-BF 80-BF | ED-ED 80-9F 80-BF | EE-EF 80-BF 80-BF
     | F0-F0 90-BF 80-BF 80-BF | F1-F3 80-BF 80-BF 80-BF | F4-F4 80-8F 80-BF 80-BF;
@@ -953,7 +972,7 @@ class Grammar:
     DEAD. States from S on are nodes of tries, one trie for each set of offered tools, whose root is
     passed along with the states. start, final: before and after a turn with its stop token. In
     gate_state the probability of safety_token is that of opening a check. free_mask (V,): free mode
-    may sample all but padding rows and control ids other than a turn's own tags and stops. """
+    may sample all but padding rows and control ids other than a turn's own tags and stops."""
 
     def __init__(self, tokenizer, device="cpu", parallel=False):
         self.tokenizer = tokenizer
@@ -994,7 +1013,7 @@ class Grammar:
 
     def _add_node(self, spellings) -> tuple[int, int]:
         """A node from which these lists of ids go on -> (its state, fewest tokens from it to the
-        end). """
+        end)."""
         state = self.S + len(self._nodes)
         children = []
         self._nodes.append(children)
@@ -1011,7 +1030,7 @@ class Grammar:
         """Live tokens (B, V) bool. states, remaining: (B,) int64.
 
         remaining counts the token that is being chosen; a token is live if the end can be reached
-        with those that then remain. Rows in DEAD or FINAL have none. """
+        with those that then remain. Rows in DEAD or FINAL have none."""
         if self._node_table is None:
             self._node_table = self._tabulate_nodes()
         in_names = states >= self.S
@@ -1036,7 +1055,7 @@ class Grammar:
 
     def step(self, state: int, names_root: int, token: int) -> int:
         """The next state, on the host. A token that is not live gives DEAD, and so does any after
-        it. """
+        it."""
         if state >= self.S:
             for child_token, child, _ in self._nodes[state - self.S]:
                 if child_token == token:
@@ -1070,7 +1089,7 @@ def compile_table(tokenizer, parallel: bool) -> tuple[np.ndarray, tuple]:
 
     Tags are runs of fixed ids, laid over the token automaton: the canonical tokenisation of all
     bytes from the start of a closing tag to the end of the next opening one. Nothing else can spell
-    a tag: texts cannot hold one, and inside of a call's JSON string it is text. """
+    a tag: texts cannot hold one, and inside of a call's JSON string it is text."""
     states, moves = token_automaton(tokenizer.token_bytes)
     runs = tag_runs(states, FAMILIES[tokenizer.family]["stop"], parallel)
     runs = [(state, encode_trusted(tokenizer, text), target) for state, text, target in runs]

@@ -999,8 +999,9 @@ class Judge:
 
     source: an object of one of the classes above. The ledger, a .jsonl file, is keyed by content
     (task, both trajectories, judge, version of the prompts). Nothing in it is asked again, and each
-    verdict is in it as soon as it is there. A failure is None in this run, and is asked again by the next.
-    RuntimeError: there was no answer to more than MAX_FAILED of the questions, or to any."""
+    verdict is in it as soon as it is there. A failure is None in this run, and is asked again by
+    the next. RuntimeError: there was no answer to more than MAX_FAILED of the questions, or to
+    any."""
 
     def __init__(self, name: str, source, ledger: str | Path | None = None):
         self.name = name

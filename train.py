@@ -154,7 +154,7 @@ def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, j
     generator, rng = seeded_generators(recipe.seed, model.device)
     # Learning shows in a win rate against the base on fixed tasks: the mean of r_align cannot rise.
     frozen = random.Random(-1 - recipe.seed).sample(tasks, min(N_FROZEN, len(tasks)))
-    base = sample_base(model, tokenizer, frozen, recipe)
+    base_rollouts = sample_base(model, tokenizer, frozen, recipe)
     # No weight decay: the KL already pulls towards the base, which is an adapter of zeros.
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=recipe.lr, weight_decay=0.0)
 
@@ -165,22 +165,28 @@ def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, j
             drawn = rng.sample(tasks, recipe.tasks)
             groups, watched = sample(model, tokenizer, drawn, frozen, recipe, generator)
             times.append(time.perf_counter())
+
             # 2. Judge, in the first process alone, which holds the ledger of what was asked.
             verdicts = from_first(
-                lambda: judge_pairs(judge, groups, watched, base, recipe.pairs, step))
+                lambda: judge_pairs(judge, groups, watched, base_rollouts, recipe.pairs, step))
             times.append(time.perf_counter())
+
             # 3. Rewards: of each group the terms that add up to R, each (n,).
             rewards = [reward_terms(group, P, recipe.reward, recipe.length_budget)
                        for group, P in zip(groups, verdicts.preferences)]
+
             # 4. Advantages (n,) of each group.
             advs = [advantages(sum(terms.values()), terms["align"]) for terms in rewards]
+
             # 5. Logprobs, loss and gradient, checked and clipped.
             log = gradient(model, tokenizer, groups, advs, verdicts.preferences, recipe, step)
+
             # 6. One step of the optimiser. A stop after this line cannot repeat the step.
             start.is_whole = False
             take_step(optimizer, learning_rate(step, recipe.steps, recipe.lr))
             states = random_states(generator, rng)
             times.append(time.perf_counter())
+
             # 7. Say what happened, and keep what the next step depends on.
             report(folder, step, log, groups, watched, verdicts, rewards, advs, times)
             if (step + 1) % 10 == 0 or step + 1 == recipe.steps:
@@ -230,7 +236,7 @@ class Verdicts:
     audit: dict  # what the verdicts say of their judge: {"flip", "tie", ..., "canaries"}
 
 
-def judge_pairs(judge: Judge, groups: list, watched: list, base: list, how: str,
+def judge_pairs(judge: Judge, groups: list, watched: list, base_rollouts: list, how: str,
                 step: int) -> Verdicts:
     """Every pair of every group, in both orders; then the watched rollouts against the base's.
 
@@ -249,8 +255,8 @@ def judge_pairs(judge: Judge, groups: list, watched: list, base: list, how: str,
     about_judge = audit(groups, found, asked)  # before unscored groups are blanked
     about_judge["canaries"] = canaries_won
 
-    judge.prepare(ordered_pairs(zip(watched, base)))
-    won, _ = win_rate(judge, watched, base)  # asks nothing more: all of it is known by now
+    judge.prepare(ordered_pairs(zip(watched, base_rollouts)))
+    won, _ = win_rate(judge, watched, base_rollouts)  # asks nothing more: all of it is known by now
     return Verdicts([blank_if_unscored(P) for P in found], won, about_judge)
 
 
@@ -318,7 +324,7 @@ def gradient(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: lis
     log["drift_mean"] = off / max(1, n_trained)
 
     # A policy gradient is only right under the distribution that was sampled from. Another mask,
-    # temperature or cache position in the trainer does not crash: it trains on noise, for months.
+    # temperature or cache position in the trainer does not crash: it only learns from noise.
     largest, mean = MAX_DRIFT[model.dtype]
     agree = log["drift"] <= largest and log["drift_mean"] <= mean  # NaN compares as False: no
     if not (agree and math.isfinite(log["grad_norm"])):
@@ -353,7 +359,7 @@ def accumulate(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: l
     for batch in micro_batches(units, recipe.micro_tokens):
         rollouts = flat(unit.rollouts for unit in batch)
         # All (N,): the sampled tokens of these rollouts, one after the other, and no others.
-        old = torch.tensor(flat(r.logprobs for r in rollouts), device=model.device)
+        old = torch.tensor(flat(rollout.logprobs for rollout in rollouts), device=model.device)
         # The reference is the same weights without the adapter: no second model in memory.
         with torch.no_grad(), model.adapter_off():
             ref = sampled_logprobs(model, tokenizer, rollouts, gate_mode=recipe.gate)
@@ -369,11 +375,11 @@ def accumulate(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: l
             loss = direct_loss(new, ref, rollouts, normaliser, recipe.length_budget)
         loss.backward()  # adds to the gradient, and frees this micro-batch's activations
 
-        off = (new.detach() - old).abs()
+        difference = (new.detach() - old).abs()  # (N,)
         log["loss"] += loss.item()
-        log["drift"] = max(log["drift"], off.max().item())
-        log["off"] += off.sum().item()
-        log["trained"] += len(off)
+        log["drift"] = max(log["drift"], difference.max().item())
+        log["off"] += difference.sum().item()
+        log["trained"] += len(difference)
     return log
 
 
@@ -417,7 +423,8 @@ def direct_loss(new: torch.Tensor, ref: torch.Tensor, rollouts: list, normaliser
     logprobs of their sampled tokens."""
     policy = sum_each(new, rollouts)  # (2 pairs,)
     reference = sum_each(ref, rollouts)  # (2 pairs,)
-    p_len = length_penalty([r.n_sampled for r in rollouts], length_budget).to(new.device)
+    lengths = [rollout.n_sampled for rollout in rollouts]
+    p_len = length_penalty(lengths, length_budget).to(new.device)  # (2 pairs,)
 
     # Chosen and rejected take turns, so as rows of two they are the two columns, (pairs,) each.
     chosen, rejected = policy.view(-1, 2).unbind(1)
@@ -544,7 +551,13 @@ def rate_text(rate: float | None) -> str:
 
 def log_row(step: int, log: dict, groups: list, watched: list, verdicts: Verdicts, rewards: list,
             advs: list, times: list) -> dict:
-    """One line of metrics.jsonl. `log_line` explains its fields."""
+    """One line of metrics.jsonl.
+
+    `log_line` explains the fields that it prints (its diff and mean are "drift" and "drift_mean").
+    The others: "clipped", the share of sampled tokens whose ratio the clip held; in "judge", "tie",
+    the share of pairs that tie, flips among them, and "canaries", the share of pairs with a known
+    answer that the better side won (null in steps that asked none).
+    """
     # Inside the groups that carry gradient: in the others no term moves anything.
     live = [terms for terms, adv in zip(rewards, advs) if adv.any()]
     tied = [is_tied(terms["align"]) for terms in rewards]
@@ -667,9 +680,9 @@ class StepStart:
     random: tuple  # of `random_states`
     is_whole: bool = True  # False from the moment the weights move until the step is written down
 
-    def move_to(self, step: int, random_states: tuple) -> None:
+    def move_to(self, step: int, states: tuple) -> None:
         self.step = step
-        self.random = random_states
+        self.random = states
         self.is_whole = True
 
 
@@ -793,7 +806,7 @@ class Folder:
         rng.setstate(task_state)
         return state["step"]
 
-    def save(self, model, optimizer, random_states: tuple, step: int) -> None:
+    def save(self, model, optimizer, states: tuple, step: int) -> None:
         """Writes all that step `step` depends on: it is the next to be done."""
         if RANK != 0:
             return
@@ -803,7 +816,7 @@ class Folder:
             "step": step,
             "adapter": model_.adapter_state(model),
             "optimizer": optimizer.state_dict(),
-            "random": random_states,
+            "random": states,
         }
         model_.write_whole(self.state_file, lambda path: torch.save(state, path))
 

@@ -6,7 +6,7 @@
     demo_task("Get A12.")  the task of `python mosaic.py "Get A12."`
 
 A row of a JSONL file is described in data/README.md. A tool in a row is an object, or the name of
-one in data/tools.json. """
+one in data/tools.json."""
 import json
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def load(name_or_path: str, split: str | None = None, skip: list | None = None,
 
     split: keep only that split. skip: a list that collects a public file's bad records, which would
     refuse the file otherwise. training: what must not be trained on is refused. ValueError names
-    the file, the line and the field. """
+    the file, the line and the field."""
     if name_or_path in NAMES:
         path = HERE / f"{name_or_path}.jsonl"
     else:
@@ -114,7 +114,7 @@ def ensure_base(name: str) -> None:
 
     That takes minutes, so call it after all other checks. The recipe runs as a process of its own:
     it imports the model and the loop, which import this package. RuntimeError: it failed, and its
-    own line says why. """
+    own line says why."""
     built = HERE.parent / "checkpoints" / "tiny" / "config.json"
     if name != "tiny" or built.is_file():
         return

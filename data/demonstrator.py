@@ -442,9 +442,9 @@ WORDS = """apple barn basket bench bike boat book bottle box brush bucket cabin 
 def _words_of_training_domains() -> list:
     """What the tools of the training domains are named with."""
     words = []
-    for domain, (read, write, _, send, last, _) in suites.DOMAINS.items():
-        if domain not in suites.UNSEEN_DOMAINS:
-            words += [domain, read, write, send, last]
+    for noun in suites.SEEN_DOMAINS:
+        domain = suites.DOMAINS[noun]
+        words += [noun, domain.read, domain.write, domain.sent, domain.irreversible]
     # "text" is never renamed: it is a parameter's name, too.
     return [word for word in words if word != "text"]
 
@@ -457,8 +457,8 @@ def _sayable_words() -> list:
     as plain words, for no tool is named with those.
     """
     words = {*WORDS, *suites.DOMAINS}
-    for _, _, _, send, _, _ in suites.DOMAINS.values():
-        words.add(send)
+    for domain in suites.DOMAINS.values():
+        words.add(domain.sent)
     for text in suites.TEXTS:
         words.update(text.split())
     return sorted(words)

@@ -180,8 +180,8 @@ def word_texts() -> list:
     """Every word with all that may belong to it, often enough that each becomes one token."""
     often = 20
     fields = set()  # keys of the records
-    for _, _, parameter, _, _, personal in suites.DOMAINS.values():
-        fields.update([parameter, *personal.split()])
+    for domain in suites.DOMAINS.values():
+        fields.update([domain.param, *domain.fields.split()])
     words = spellings(SAYABLE, ("", " ", "_")) * often
     return words + spellings(sorted(fields), ("", " ", ": ", '": "')) * often
 

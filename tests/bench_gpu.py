@@ -201,9 +201,9 @@ def grammar():
 def adapted(name):
     model, tokenizer = random_model(name)
     recipe = train.RECIPE[tokenizer.family]
-    model.recompute = recipe["recompute"]
+    model.recompute = recipe.recompute
     generator = torch.Generator().manual_seed(0)
-    model_.add_lora(model, recipe["rank"], recipe["alpha"], generator=generator)
+    model_.add_lora(model, recipe.rank, recipe.alpha, generator=generator)
     return model, tokenizer
 
 
@@ -221,8 +221,8 @@ def timed(model, step):
 
 def ours_update(model, tokenizer, G, P, R):
     batch, *_ = batch_of(G, P, R, tokenizer.vocab_size)
-    given = argparse.Namespace(objective="grpo", micro_tokens=8192, gate="learned", kl_coef=0.02)
-    return timed(model, lambda: train.accumulate(model, tokenizer, batch, given))
+    recipe = train.Recipe(micro_tokens=8192, kl_coef=0.02)
+    return timed(model, lambda: train.accumulate(model, tokenizer, *batch, recipe))
 
 
 def update():

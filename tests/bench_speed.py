@@ -1,12 +1,15 @@
-"""How fast, how small: each row of the README's speed table, beside transformers (and peft) on the same weights, tokens
-and threads. Nothing in it is a test; weights are random, made once in --work.
+"""How fast, how small: each row of the speed table, beside transformers (and peft) on the same
+weights, tokens and threads. Nothing in it is a test; weights are random, made once in --work.
 
-    python tests/bench_speed.py decode-tiny           # or any other row below; "all" runs them one after the other
-    python tests/bench_speed.py decode --threads 1
+    python tests/bench_speed.py decode-tiny     # or any other row below; "all" runs each of them
+    python tests/bench_speed.py decode-half --threads 1
 
-Each row prints a table and, last, one JSON line. Times are medians of runs that alternate, ours, theirs, ours, theirs,
-so that a busy machine slows both; ratio is theirs / ours for times and memory: above 1, ours is the faster or smaller.
-The 0.5B rows and those at V = 152k need Qwen's tokenizer: checkpoints/qwen2.5-7b or ../shared/models/qwen2.5-7b.
+Each row prints a table and, last, one JSON line. Times are medians of runs that alternate, ours,
+theirs, ours, theirs, so that a busy machine slows both. Ratio is theirs / ours for times and
+memory: above 1, ours is the faster or smaller. What each row compares and what to expect of it
+stands at its function; the figures are those of two cores of an AMD EPYC (Zen 5), see
+tests/README.md. The 0.5B rows and those at V = 152k need Qwen's tokenizer:
+checkpoints/qwen2.5-7b or ../shared/models/qwen2.5-7b.
 """
 import argparse
 import json
@@ -15,10 +18,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 import conftest  # noqa: F401  (finds the six files, keeps transformers offline)
 import data
@@ -26,69 +31,137 @@ import model as model_
 import mosaic
 import train
 from data import tiny
-from mosaic import DEAD, SAMPLED, TEMPLATE
-from tools import Task, Tool
+from tools import FORCED, SAMPLED, TEMPLATE, Rollout, Task, Tool
 
 ROOT = Path(__file__).resolve().parents[1]
-HALF = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864,
-        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
-        "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 32768,
-        "hidden_act": "silu", "torch_dtype": "float32", "bos_token_id": 151643, "eos_token_id": 151645}
-WORDS = "the note says that a friend of the owner may read it but nobody else should ever see what it holds "
+HALF = {  # the shape of Qwen2.5-0.5B
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+WORDS = (
+    "the note says that a friend of the owner may read it but nobody else should ever see what it "
+    "holds "
+)
+
+results = {}  # {table's title: its rows as dicts}, for the JSON line
 
 
-def checkpoint(shape, dtype="float32"):
+# -------------------------------------------------------------------------------- models and clocks
+def checkpoint(work, shape, dtype="float32"):
     """The directory of a random checkpoint: "tiny", or "half", which is Qwen2.5-0.5B's shape."""
-    path = args.work / f"{shape}-{dtype}"
+    path = work / f"{shape}-{dtype}"
     if (path / "config.json").is_file():
         return path
     if shape == "tiny":
         return tiny.build(0, path, steps=1, n=300)
-    found = [p for p in (ROOT / "checkpoints", ROOT.parent / "shared" / "models") if (p / "qwen2.5-7b").is_dir()]
-    if not found:
-        sys.exit("bench_speed.py: no Qwen tokenizer; put one in checkpoints/qwen2.5-7b")
     model = model_.Transformer(model_.Config(HALF)).init_weights(torch.Generator().manual_seed(0))
-    model_.save_pretrained(model.to(model_.DTYPES[dtype]), path, found[0] / "qwen2.5-7b")
+    model_.save_pretrained(model.to(model_.DTYPES[dtype]), path, qwen_files())
     (path / "generation_config.json").unlink(missing_ok=True)
     return path
 
 
+def qwen_files():
+    """Where Qwen's tokenizer is."""
+    for place in (ROOT / "checkpoints", ROOT.parent / "shared" / "models"):
+        if (place / "qwen2.5-7b").is_dir():
+            return place / "qwen2.5-7b"
+    sys.exit("bench_speed.py: no Qwen tokenizer; put one in checkpoints/qwen2.5-7b")
+
+
 def theirs(path, dtype="float32"):
+    """transformers' model of the same checkpoint."""
     from transformers import AutoModelForCausalLM
-    hf = AutoModelForCausalLM.from_pretrained(path, dtype=model_.DTYPES[dtype], attn_implementation="sdpa").eval()
+    hf = AutoModelForCausalLM.from_pretrained(
+        path, dtype=model_.DTYPES[dtype], attn_implementation="sdpa"
+    )
     hf.generation_config.eos_token_id = None  # every row samples all its tokens, as ours do here
-    return hf
+    return hf.eval()
+
+
+def generate(hf, ids, new):
+    """transformers' sampling loop, without any filter of the distribution."""
+    return hf.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        pad_token_id=0,
+    )
 
 
 def alternate(repeats, **calls):
     """{name: median seconds}, one warm-up each, runs interleaved."""
     times = {name: [] for name in calls}
-    for i in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+    return {name: statistics.median(runs[1:]) for name, runs in times.items()}
+
+
+def cell(value):
+    return f"{value:16.4g}" if isinstance(value, float) else f"{value!s:>16}"
 
 
 def table(title, head, rows):
     """Prints the rows and remembers them for the JSON line."""
-    print(f"\n{title}\n" + "".join(f"{h:>16}" for h in head))
+    print(f"\n{title}")
+    print("".join(f"{column:>16}" for column in head))
     for row in rows:
-        print("".join(f"{x:16.4g}" if isinstance(x, float) else f"{x!s:>16}" for x in row), flush=True)
+        print("".join(cell(value) for value in row), flush=True)
     results[title] = [dict(zip(head, row)) for row in rows]
 
 
-# ---- episodes of fixed length: random weights end no turn, so tokens, turns and results are counted beforehand ----
-class Counted(mosaic.Episode):
+def status(key):
+    """A line of /proc/self/status, in MB: VmRSS, memory held now, or VmHWM, the most that was.
+    (VmHWM counts this program alone; ru_maxrss also what forked it.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) / 1024
+    raise KeyError(key)
+
+
+def worker(work, name, *arguments):
+    """Runs one of WORKERS in a process of its own -> what it printed last, as JSON."""
+    command = [sys.executable, __file__, name, *map(str, arguments)]
+    command += ["--threads", str(torch.get_num_threads()), "--work", str(work)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------- episodes of fixed length
+# Random weights end no turn, so tokens, turns and results are counted beforehand. The parts of
+# mosaic.py that would end an episode are replaced, here and nowhere else.
+class CountedEpisode(mosaic.Episode):
     """Every turn ends by its budget and is answered by a fixed result, until max_turns."""
     result = ""
 
-    def step(self, text, p=None):
+    def step(self, text, gate_p=None):
         self.sandbox.advance()
         self.turns.append(None)
-        self.ended = "budget" if len(self.turns) == self.max_turns else None
-        return [] if self.ended else [self.result]
+        if len(self.turns) == self.max_turns:
+            self.ended = "budget"
+            return []
+        return [self.result]
 
 
 class CountedRow(mosaic.Row):
@@ -96,434 +169,776 @@ class CountedRow(mosaic.Row):
 
     def end_turn(self, tokenizer):
         tokenizer.stop_ids = self.dialogue.ids[-1:]
-        going = super().end_turn(tokenizer)
-        tokenizer.stop_ids = [-1]
-        return going
+        goes_on = super().end_turn(tokenizer)
+        tokenizer.stop_ids = NO_STOP
+        return goes_on
+
+    def observation(self):
+        tokenizer = self.dialogue.tokenizer
+        tokenizer.stop_ids = self.dialogue.ids[-1:]
+        observed = super().observation()
+        tokenizer.stop_ids = NO_STOP
+        return observed
 
 
-class Prompt(mosaic.Dialogue):
-    """A prompt of exactly `length` tokens."""
+class CountedPrompt(mosaic.Dialogue):
+    """A prompt of exactly `length` tokens: its own, again and again."""
     length = 0
 
     def __init__(self, *given):
         super().__init__(*given)
-        for part in ("ids", "provenance"):
-            setattr(self, part, (getattr(self, part) * (1 + self.length // len(getattr(self, part))))[:self.length])
+        times = 1 + self.length // len(self.ids)
+        self.ids = (self.ids * times)[:self.length]
+        self.provenance = (self.provenance * times)[:self.length]
 
 
-def fixed(tokenizer, prompt, turn, turns=1, result=0, positions=1):
-    """From here on every episode of this tokenizer has exactly these lengths."""
-    mosaic.Episode, mosaic.Row, mosaic.Dialogue, tokenizer.stop_ids = Counted, CountedRow, Prompt, [-1]
-    Counted.result, Prompt.length = tokenizer.decode(tokenizer.encode(WORDS * 99)[:result]), prompt
-    mosaic.LIMITS[tokenizer.family] = dict(max_turns=turns, turn_tokens=turn, positions=positions,
-                                           room=turns * (turn + result + 40) + turn)
+NO_STOP = [-1]  # stop_ids that no token is in
+
+
+def fix_lengths(tokenizer, prompt, turn, turns=1, result=0, positions=1):
+    """From here on every episode of this tokenizer has exactly these lengths, in tokens."""
+    mosaic.Episode = CountedEpisode
+    mosaic.Row = CountedRow
+    mosaic.Dialogue = CountedPrompt
+    CountedEpisode.result = tokenizer.decode(tokenizer.encode(WORDS * 99)[:result])
+    CountedPrompt.length = prompt
+    tokenizer.stop_ids = NO_STOP
+    around_a_result = 40  # template tokens, at most
+    mosaic.LIMITS[tokenizer.family] = {
+        "max_turns": turns,
+        "turn_tokens": turn,
+        "positions": positions,
+        "room": turns * (turn + result + around_a_result) + turn,
+    }
 
 
 def sampler(model, tokenizer, rows, prompt, turn, turns=1, result=0, tasks=1):
-    """-> a call that samples `rows` episodes of `tasks` tasks, of exactly these lengths, in the free grammar."""
-    tool = Tool("read_note", "Read one.", {"type": "object", "properties": {}}, "read", lambda world, arguments: {})
-    given = [Task("bench", "benign", "benign", [{"role": "user", "content": "go"}], [tool])] * tasks
+    """-> a call that samples `rows` episodes of `tasks` tasks, of exactly these lengths, in the
+    free grammar."""
+    no_parameters = {"type": "object", "properties": {}}
+    tool = Tool("read_note", "Read one.", no_parameters, "read", lambda world, arguments: {})
+    task = Task("bench", "benign", "benign", [{"role": "user", "content": "go"}], [tool])
 
     @torch.no_grad()
     def run():
-        fixed(tokenizer, prompt, turn, turns, result)
-        return mosaic.Sampler(model, tokenizer, given, [rows // tasks] * tasks, grammar="free", max_rows=rows,
-                              generator=torch.Generator(model.device).manual_seed(0)).run()
+        fix_lengths(tokenizer, prompt, turn, turns, result)
+        generator = torch.Generator(model.device).manual_seed(0)
+        # past mosaic.rollout, which wants a stop token
+        return mosaic.Sampler(
+            model,
+            tokenizer,
+            [task] * tasks,
+            [rows // tasks] * tasks,
+            grammar="free",
+            max_rows=rows,
+            generator=generator,
+        ).run()
+
     return run
 
 
-def generate(hf, ids, new):
-    return hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=True, top_k=0, top_p=1.0,
-                       temperature=1.0, pad_token_id=0)
-
-
-# ---- the rows ----
-def decode(shape, dtype, batches, new, repeats):
-    path, rows = checkpoint(shape, dtype), []
-    hf, (model, tokenizer) = theirs(path, dtype), model_.load(path, "cpu", model_.DTYPES[dtype])
+# ----------------------------------------------------------------------------------- rows: decoding
+def decode(work, shape, dtype, batches, new, repeats):
+    """Our sampler beside `generate`: tokens a second for each batch size -> (model, tokenizer)."""
+    path = checkpoint(work, shape, dtype)
+    hf = theirs(path, dtype)
+    model, tokenizer = model_.load(path, "cpu", model_.DTYPES[dtype])
+    rows = []
     for batch in batches:
         ids = torch.randint(0, 1000, (batch, 128), generator=torch.Generator().manual_seed(0))
-        t = alternate(repeats, ours=sampler(model, tokenizer, batch, 128, new, tasks=batch),
-                      theirs=lambda: generate(hf, ids, new))
-        rows.append((dtype, batch, batch * new / t["ours"], batch * new / t["theirs"], t["theirs"] / t["ours"]))
-    table(f"decode {shape}, tokens a second, prompt 128, {new} sampled",
-          ("dtype", "batch", "ours", "generate", "ratio"), rows)
+        seconds = alternate(
+            repeats,
+            ours=sampler(model, tokenizer, batch, 128, new, tasks=batch),
+            theirs=lambda: generate(hf, ids, new),
+        )
+        tokens = batch * new
+        rows.append((
+            dtype,
+            batch,
+            tokens / seconds["ours"],
+            tokens / seconds["theirs"],
+            seconds["theirs"] / seconds["ours"],
+        ))
+    table(
+        f"decode {shape}, tokens a second, prompt 128, {new} sampled",
+        ("dtype", "batch", "ours", "generate", "ratio"),
+        rows,
+    )
     return model, tokenizer
 
 
-def decode_tiny():
-    decode("tiny", "float32", (1, 16, 64), 200, 5)
+def decode_tiny(work):
+    """Our sampler beside `generate` in tiny's shape, at batch 1, 16 and 64. Expected: 1.1 to 1.4
+    times generate's tokens a second."""
+    decode(work, "tiny", "float32", (1, 16, 64), new=200, repeats=5)
 
 
-def decode_half():
+def decode_half(work):
+    """The same in the 0.5B shape, one row, fp32 and bf16 (expected: 1.95 and 1.70 times
+    generate's); and how fast a decoded token reads the weights, beside a plain sum of them.
+    Expected: three quarters of the sum's GB/s, since one row's decoding is bound by memory."""
     rows = []
     for dtype in ("float32", "bfloat16"):
-        model, tokenizer = decode("half", dtype, (1,), 32, 3)
-        weights = [p.detach().view(torch.float32) for p in model.parameters()]  # the same pages, whatever they hold
-        t = alternate(7, short=sampler(model, tokenizer, 1, 128, 32), long=sampler(model, tokenizer, 1, 128, 96),
-                      sum=lambda: [w.sum() for w in weights])
-        size = sum(w.nbytes for w in weights)
-        read, best = 64 * size / (t["long"] - t["short"]), size / t["sum"]  # a token more, without the prompt
+        model, tokenizer = decode(work, "half", dtype, (1,), new=32, repeats=3)
+        # the very same pages of memory, whatever numbers they hold as fp32
+        weights = [p.detach().view(torch.float32) for p in model.parameters()]
+        seconds = alternate(
+            7,
+            short=sampler(model, tokenizer, 1, 128, 32),
+            long=sampler(model, tokenizer, 1, 128, 96),
+            sum=lambda: [weight.sum() for weight in weights],
+        )
+        size = sum(weight.nbytes for weight in weights)
+        # the difference is 64 tokens more, without the prompt
+        read = 64 * size / (seconds["long"] - seconds["short"])
+        best = size / seconds["sum"]
         rows.append((dtype, read / 1e9, best / 1e9, read / best))
-    table("weights read while decoding, GB/s", ("dtype", "decode", "a plain sum", "share"), rows)
+    table(
+        "weights read while decoding, GB/s",
+        ("dtype", "decode", "a plain sum", "share"),
+        rows,
+    )
 
 
-def group(shape, repeats, turn=48, turns=3, prompt=512, result=64, rows=4):
-    """Ours: prefill once, keep every row's cache. Theirs: generate on the whole dialogue again at each turn."""
-    path = checkpoint(shape)
-    hf, (model, tokenizer) = theirs(path), model_.load(path, "cpu")
-    ours = sampler(model, tokenizer, rows, prompt, turn, turns, result)
+def results_between(rollout):
+    """The tokens of each result that was appended between two turns."""
+    found = []
+    for (_, end), (next_start, _) in zip(rollout.spans, rollout.spans[1:]):
+        found.append(rollout.ids[end:next_start])
+    return found
+
+
+def group(work, shape, repeats):
+    """A group's rollouts with tool results between turns. Ours: prefill once, keep every row's
+    cache. Theirs: generate on the whole dialogue again at each turn."""
+    rows = 4
+    turns = 3
+    turn = 48
+    prompt = 512
+    path = checkpoint(work, shape)
+    hf = theirs(path)
+    model, tokenizer = model_.load(path, "cpu")
+    ours = sampler(model, tokenizer, rows, prompt, turn, turns, result=64)
     rollout = ours()[0]
-    spans = rollout.spans
-    assert [b - a for a, b in spans] == [turn] * turns and spans[0][0] == prompt, spans
-    between = [rollout.ids[b:c] for (_, b), (c, _) in zip(spans, spans[1:])]  # the result tokens that ours appended
+    assert [end - start for start, end in rollout.spans] == [turn] * turns, rollout.spans
+    assert rollout.prompt_length == prompt, rollout.prompt_length
+    between = results_between(rollout)
 
     def loop():
         ids = torch.tensor([rollout.ids[:prompt]] * rows)
         for observed in [*between, []]:
             ids = generate(hf, ids, turn)
-            ids = torch.cat((ids, torch.tensor([observed] * rows, dtype=torch.long)), 1)
+            observed = torch.tensor([observed] * rows, dtype=torch.long)
+            ids = torch.cat((ids, observed), 1)
         assert ids.shape == (rows, len(rollout.ids))
-    t = alternate(repeats, ours=ours, theirs=loop)
-    table(f"group rollout {shape}, s: {rows} rows x {turns} turns, prompt {prompt}, results of {len(between[0])}, "
-          f"{turn} sampled a turn", ("ours", "generate loop", "ratio"),
-          [(t["ours"], t["theirs"], t["theirs"] / t["ours"])])
+
+    seconds = alternate(repeats, ours=ours, theirs=loop)
+    table(
+        f"group rollout {shape}, s: {rows} rows x {turns} turns, prompt {prompt}, "
+        f"results of {len(between[0])}, {turn} sampled a turn",
+        ("ours", "generate loop", "ratio"),
+        [(seconds["ours"], seconds["theirs"], seconds["theirs"] / seconds["ours"])],
+    )
 
 
-def grammar():
-    """The step of the sampler with the strict grammar beside the same without any, at V = 151,936."""
-    model, tokenizer = model_.load(checkpoint("half"), "cpu")
+def group_tiny(work):
+    """`group` in tiny's shape. Expected: 1.6 times as fast as a loop that prefills again; the
+    prompt is cheap there, and each step's fixed cost is not."""
+    group(work, "tiny", 5)
+
+
+def group_half(work):
+    """`group` in the 0.5B shape. Expected: 4.9 times as fast, for a prompt costs what its tokens
+    cost."""
+    group(work, "half", 1)
+
+
+# -------------------------------------------------------------------------------- rows: the grammar
+def forward_of_one(model, batch, context, room=8):
+    """-> a call that decodes one token of `batch` rows behind `context` positions, again and
+    again."""
+    cache = model_.Cache(model.config, batch, context + room, dtype=model.dtype)
+    ids = torch.zeros(batch, 1, dtype=torch.long)
+
+    @torch.no_grad()
+    def run():
+        cache.lengths[:] = context
+        cache.bound = context
+        model(ids, cache)
+
+    return run
+
+
+def grammar(work):
+    """What the strict grammar adds to a step of the sampler, beside the forward of that step, at
+    V = 151,936. Expected: below 5 % of the forward (1.4 % for one row, 4.1 % for 16)."""
+    model, tokenizer = model_.load(checkpoint(work, "half"), "cpu")
+    the_grammar = mosaic.get_grammar(tokenizer, "cpu")
+    root = the_grammar.names(["read_note"])
+    state = mosaic.PLAN
+    token = tokenizer.encode(" the")[0]
     rows = []
     for batch in (1, 16):
         logits = torch.randn(batch, tokenizer.vocab_size)
-        g, names = mosaic.get_grammar(tokenizer, "cpu"), ["read_note"]
-        state, root, token = mosaic.PLAN, g.names(names), tokenizer.encode(" the")[0]
-        states, left = (torch.full((batch,), x) for x in (state, 99))
-        cache = model_.Cache(model.config, batch, 160, dtype=model.dtype)
-        with torch.no_grad():
-            model.hidden(torch.zeros(batch, 128, dtype=torch.long), cache)
+        states = torch.full((batch,), state)
+        remaining = torch.full((batch,), 99)
 
-            def step():
-                cache.lengths[:], cache.bound = 128, 128
-                model(torch.zeros(batch, 1, dtype=torch.long), cache)
+        def strict():  # as Sampler.sample does: the mask beside the logits, the states on the host
+            mosaic.constrain(the_grammar, logits, states, remaining)
+            for _ in range(batch):
+                the_grammar.forced(the_grammar.step(state, root, token))
 
-            def strict():  # as Sampler.sample does: the mask beside the logits, the states on the host
-                g.constrain(logits, states, left)
-                for _ in range(batch):
-                    g.forced(g.step(state, root, token))
-            t = alternate(15, step=step, strict=strict)
-        rows.append((batch, t["step"] * 1e3, t["strict"] * 1e3, t["strict"] / t["step"]))
-    table("grammar at V = 151,936, fp32, ms a step", ("batch", "forward", "grammar", "share"), rows)
+        forward = forward_of_one(model, batch, 128, room=32)
+        seconds = alternate(15, forward=forward, strict=strict)
+        share = seconds["strict"] / seconds["forward"]
+        rows.append((batch, seconds["forward"] * 1e3, seconds["strict"] * 1e3, share))
+    table(
+        "grammar at V = 151,936, fp32, ms a step",
+        ("batch", "forward", "grammar", "share"),
+        rows,
+    )
 
 
-def product():
-    """model.linear beside F.linear, fp32: why it is not F.linear. Weights in turn, so that none waits in the cache."""
+def forced(work):
+    """Strict turns of the tiny base, and of random weights (which chat until the budget ends):
+    how many of the agent's tokens needed no forward of their own. Expected: 30 % of the
+    base's."""
+    data.ensure_base("tiny")
+    rows = []
+    for name, path in (("the tiny base", "tiny"), ("random", checkpoint(work, "tiny"))):
+        model, tokenizer = model_.load(path, "cpu")
+        generator = torch.Generator().manual_seed(0)
+        tasks = data.load("train")[:32]
+        rollouts = mosaic.rollout(model, tokenizer, tasks, 2, generator=generator)
+        n_forced = sum(r.provenance.count(FORCED) for r in rollouts)
+        n_agent = sum(r.n_sampled for r in rollouts)
+        rows.append((name, n_agent, n_forced, n_forced / n_agent))
+    table(
+        "forced tokens, tiny shape, strict grammar",
+        ("weights", "agent's tokens", "forced", "share"),
+        rows,
+    )
+
+
+# -------------------------------------------------------------------------------- rows: one product
+def product(work):
+    """model.linear beside F.linear, fp32: why it is not F.linear. Weights are taken in turn, so
+    that none waits in the cache. Expected: a ratio above 1 where model.linear leaves the plain
+    route, else 1."""
     rows = []
     for out, n in ((128, 128), (352, 128), (896, 896), (4864, 896)):
-        weights = [torch.randn(out, n) for _ in range(max(2, min(100, 10 ** 8 // (4 * out * n))))]
+        enough = 10 ** 8 // (4 * out * n)  # of them to fill 100 MB
+        weights = [torch.randn(out, n) for _ in range(max(2, min(100, enough)))]
         for count in (1, 4, 16, 64, 512, 2048):
             x = torch.randn(count, n)
             with torch.no_grad():
-                t = alternate(3, ours=lambda: [model_.linear(x, w) for w in weights],
-                              theirs=lambda: [torch.nn.functional.linear(x, w) for w in weights])
-            rows.append((f"{out} x {n}", count, *(t[k] / len(weights) * 1e6 for k in ("ours", "theirs")),
-                         t["theirs"] / t["ours"]))
+                seconds = alternate(
+                    3,
+                    ours=lambda: [model_.linear(x, weight) for weight in weights],
+                    theirs=lambda: [F.linear(x, weight) for weight in weights],
+                )
+            ours = seconds["ours"] / len(weights) * 1e6
+            other = seconds["theirs"] / len(weights) * 1e6
+            rows.append((f"{out} x {n}", count, ours, other, other / ours))
     table("a product, fp32, us", ("weight", "rows", "linear", "F.linear", "ratio"), rows)
 
 
-def forced():
-    """Strict turns of the tiny base, and of random weights (which chat until the budget ends): how many of the agent's
-    tokens needed no forward of their own."""
-    rows = []
-    data.ensure_base("tiny")
-    for name, path in (("the tiny base", "tiny"), ("random", checkpoint("tiny"))):
-        model, tokenizer = model_.load(path, "cpu")
-        generator = torch.Generator().manual_seed(0)
-        done = mosaic.rollout(model, tokenizer, data.load("train")[:32], 2, generator=generator)
-        n, own = sum(r.provenance.count(mosaic.FORCED) for r in done), sum(r.n_sampled for r in done)
-        rows.append((name, own, n, n / own))
-    table("forced tokens, tiny shape, strict grammar", ("weights", "agent's tokens", "forced", "share"), rows)
-
-
-def peak():
-    """MB of this process at its peak, and now. VmHWM counts this program alone; ru_maxrss also what forked it."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return [int(status[key].split()[0]) / 1024 for key in ("VmHWM", "VmRSS")]
-
-
-def worker(*parts):
-    """Runs `_name arguments` of this file in a process of its own -> what it printed last, as JSON."""
-    command = [sys.executable, __file__, *map(str, parts), "--threads", str(args.threads), "--work", str(args.work)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
-def _load(who):
-    path = args.work / "half-float32"
+# ------------------------------------------------------------------------------------ rows: loading
+def _load(work, who):
+    """Worker: prints [seconds to the first token, seconds of loading, MB above imports at the
+    peak]."""
+    path = work / "half-float32"
     if who == "theirs":
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    before, start = peak()[1], time.perf_counter()
+    before = status("VmRSS")
+    start = time.perf_counter()
     if who == "ours":
         model, _ = model_.load(path, "cpu")
     else:
-        model, _ = AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        AutoTokenizer.from_pretrained(path)
     loaded = time.perf_counter() - start
     with torch.no_grad():  # theirs maps the file, and reads it here
         model(torch.zeros(1, 1, dtype=torch.long))
-    print(json.dumps([time.perf_counter() - start, loaded, peak()[0] - before]))
+    print(json.dumps([time.perf_counter() - start, loaded, status("VmHWM") - before]))
 
 
-def load():
-    path, rows = checkpoint("half"), []
-    size = (path / "model.safetensors").stat().st_size / 2 ** 20
+def drop_from_page_cache(path):
+    """The next reader has to ask the disk."""
+    with open(path) as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load(work):
+    """Model and tokenizer of the 0.5B shape from the disk, beside from_pretrained: file in the
+    page cache or not, each in a process of its own, the median of three. Expected: 1.4 times as
+    fast cold, 2.9 warm, with a peak of 1.05 times the file."""
+    path = checkpoint(work, "half")
+    weights = path / "model.safetensors"
+    size = weights.stat().st_size / 2 ** 20
+    rows = []
     for kind in ("cold", "warm"):
         runs = {"ours": [], "theirs": []}
-        for who in list(runs) * 3:
-            with open(path / "model.safetensors") as file:
-                if kind == "cold":
-                    os.fsync(file.fileno())
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            runs[who].append(worker("_load", who))
-        ours, other = (sorted(runs[w])[1] for w in runs)
-        rows.append((kind, ours[0], other[0], other[0] / ours[0], ours[1], other[1], ours[2] / size, other[2] / size))
-    table(f"load model and tokenizer, 0.5B shape, fp32 ({size:.0f} MB): seconds to the first token, to the return of "
-          "load; peak memory above imports / file",
-          ("cache", "ours", "from_pretrained", "ratio", "load ours", "load theirs", "peak ours", "peak theirs"), rows)
+        for who in ["ours", "theirs"] * 3:
+            if kind == "cold":
+                drop_from_page_cache(weights)
+            runs[who].append(worker(work, "_load", who))
+        ours_first, ours_load, ours_peak = sorted(runs["ours"])[1]
+        their_first, their_load, their_peak = sorted(runs["theirs"])[1]
+        rows.append((
+            kind,
+            ours_first,
+            their_first,
+            their_first / ours_first,
+            ours_load,
+            their_load,
+            ours_peak / size,
+            their_peak / size,
+        ))
+    table(
+        f"load model and tokenizer, 0.5B shape, fp32 ({size:.0f} MB): seconds to the first token, "
+        "to the return of load; peak memory above imports / file",
+        ("cache", "ours", "from_pretrained", "ratio", "load ours", "load theirs", "peak ours",
+         "peak theirs"),
+        rows,
+    )
+
+
+# ---------------------------------------------------------------------------- rows: a training step
+Batch = namedtuple("Batch", "groups advs preferences")  # what train.accumulate takes of a step
 
 
 def batch_of(G, P, R, V):
-    """One judged group of G random trajectories, as train.accumulate takes it, and its ids (G, P + R)."""
+    """One judged group of G random trajectories, P tokens of a prompt and R sampled ones each ->
+    (Batch, ids (G, P + R), advantages (G,))."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, V - 1000, (G, P + R), generator=generator)
     ids[:, :P] = ids[:1, :P].clone()
-    group = [mosaic.Rollout(None, [], None, "answer", [], row, [TEMPLATE] * P + [SAMPLED] * R, [-12.0] * R,
-                            [(DEAD, 1)] * R, [(P, P + R)]) for row in ids.tolist()]
-    adv = torch.linspace(-1, 1, G)
-    return SimpleNamespace(groups=[group], adv=[adv], P=[torch.zeros(G, G)], n_tokens=G * R), ids, adv
+    trajectories = []
+    for row in ids.tolist():
+        trajectories.append(Rollout(
+            task=None,
+            turns=[],
+            sandbox=None,
+            ended="answer",
+            gates=[],
+            ids=row,
+            provenance=[TEMPLATE] * P + [SAMPLED] * R,
+            logprobs=[-12.0] * R,
+            states=[(mosaic.DEAD, 1)] * R,
+            spans=[(P, P + R)],
+        ))
+    advs = torch.linspace(-1, 1, G)
+    return Batch([trajectories], [advs], [torch.zeros(G, G)]), ids, advs
+
+
+def our_update(model, tokenizer, batch, micro_tokens):
+    """Reference, policy, loss and backward, as train.py does them."""
+    recipe = train.Recipe(micro_tokens=micro_tokens, kl_coef=0.02)
+    return train.accumulate(model, tokenizer, *batch, recipe)
 
 
 def with_peft(model, recompute):
     from peft import LoraConfig, get_peft_model
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    model = get_peft_model(model, config).train()
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()
     return model
 
 
-def peft_update(model, ids, adv, P):
-    """Reference, policy, loss and backward of separate rows ids (G, P + R), with all logits of the completions."""
+def peft_update(model, ids, advs, P):
+    """The same of separate rows ids (G, P + R), with all logits of the completions."""
+    R = ids.shape[1] - P
+
     def logprobs():
-        logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - P + 1, use_cache=False).logits[:, :-1]
+        out = model(input_ids=ids, logits_to_keep=R + 1, use_cache=False)
+        logits = out.logits[:, :-1]  # (G, R, V)
         return logits.gather(2, ids[:, P:, None])[..., 0] - logits.logsumexp(2)  # (G, R)
+
     with torch.no_grad(), model.disable_adapter():
         ref = logprobs()
     new = logprobs()
-    train.grpo_loss(new, torch.full_like(new, -12.0), ref, adv[:, None], new.numel())[0].backward()
+    old = torch.full_like(new, -12.0)
+    loss, _, _ = train.grpo_loss(new, old, ref, advs[:, None], new.numel())
+    loss.backward()
 
 
-def _step(who, shape, G, P, R, option):
-    """One GRPO step, LoRA r = 16 on every linear layer: reference, policy, loss, backward, AdamW."""
-    G, P, R, path = int(G), int(P), int(R), args.work / f"{shape}-float32"
+def _step(work, who, shape, G, P, R, blocks):
+    """Worker: one GRPO step, LoRA r = 16 on every linear layer: reference, policy, loss,
+    backward, AdamW. Prints [seconds, MB at the peak, MB before the step]."""
+    G = int(G)
+    P = int(P)
+    R = int(R)
+    path = work / f"{shape}-float32"
     if who == "ours":
         model, tokenizer = model_.load(path, "cpu")
         model_.add_lora(model, 16, 32, generator=torch.Generator().manual_seed(0))
-        model.recompute = option == "recompute"
-        batch, ids, adv = batch_of(G, P, R, tokenizer.vocab_size)
-        mosaic.get_grammar(tokenizer, "cpu")
-        given = SimpleNamespace(objective="grpo", micro_tokens=P + G * R, gate="learned", kl_coef=0.02)
+        model.recompute = blocks == "recompute"
+        batch, _, _ = batch_of(G, P, R, tokenizer.vocab_size)
+        mosaic.get_grammar(tokenizer, "cpu")  # compiled once a run, not once a step
     else:
-        model = with_peft(theirs(path), option == "recompute")
-        batch, ids, adv = batch_of(G, P, R, model.config.vocab_size)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    before, start = peak()[1], time.perf_counter()
+        model = with_peft(theirs(path), blocks == "recompute")
+        _, ids, advs = batch_of(G, P, R, model.config.vocab_size)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    before = status("VmRSS")
+    start = time.perf_counter()
     if who == "ours":
-        train.accumulate(model, tokenizer, batch, given)
+        our_update(model, tokenizer, batch, micro_tokens=P + G * R)
     else:
-        peft_update(model, ids, adv, P)
+        peft_update(model, ids, advs, P)
     optimizer.step()
-    print(json.dumps([time.perf_counter() - start, peak()[0], before]))
+    print(json.dumps([time.perf_counter() - start, status("VmHWM"), before]))
 
 
-def step(shape="half", G=4, P=512, R=256):
-    checkpoint(shape)
+def step(work, shape="half", G=4, P=512, R=256):
+    """One GRPO step of a group of 4 in the 0.5B shape, beside transformers and peft, blocks kept or
+    recomputed. Expected: 2.5 times as fast, at a third (recomputed: two thirds) of the memory."""
+    checkpoint(work, shape)
     rows = []
-    for option in ("plain", "recompute"):
-        ours, other = (worker("_step", who, shape, G, P, R, option) for who in ("ours", "theirs"))
-        rows.append((option, ours[0], other[0], other[0] / ours[0], ours[1] / 1024, other[1] / 1024,
-                     other[1] / ours[1]))
-    table(f"GRPO step, LoRA r = 16, {shape} shape, fp32, group {G}, P {P}, R {R}: seconds; GB at the peak with weights",
-          ("blocks", "ours", "peft", "ratio", "GB ours", "GB peft", "ratio "), rows)
+    for blocks in ("plain", "recompute"):
+        our_time, our_peak, _ = worker(work, "_step", "ours", shape, G, P, R, blocks)
+        their_time, their_peak, _ = worker(work, "_step", "theirs", shape, G, P, R, blocks)
+        rows.append((
+            blocks,
+            our_time,
+            their_time,
+            their_time / our_time,
+            our_peak / 1024,
+            their_peak / 1024,
+            their_peak / our_peak,
+        ))
+    table(
+        f"GRPO step, LoRA r = 16, {shape} shape, fp32, group {G}, P {P}, R {R}: seconds; GB at the "
+        "peak with weights",
+        ("blocks", "ours", "peft", "ratio", "GB ours", "GB peft", "ratio "),
+        rows,
+    )
 
 
-def _logprobs(B, T, kind):
-    C, V, B, T = 896, 151936, int(B), int(T)
-    g = torch.Generator().manual_seed(0)
-    weight, h = torch.randn(V, C, generator=g) * 0.02, torch.randn(B, T, C, generator=g).requires_grad_()
-    ids, mask = torch.randint(0, V, (B, T), generator=g), torch.ones(B, T, dtype=torch.bool)
-    mask[:, 0] = False
-    stub = SimpleNamespace(hidden=lambda ids, layout=None: h, head=lambda x: torch.nn.functional.linear(x, weight))
-    before, start = peak()[1], time.perf_counter()
+def _logprobs(work, B, T, kind):
+    """Worker: logprobs of B x T random tokens and their gradient. Prints [seconds, MB above the
+    inputs at the peak] and writes both for `logprobs` to compare."""
+    C = HALF["hidden_size"]
+    V = HALF["vocab_size"]
+    B = int(B)
+    T = int(T)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, C, generator=generator) * 0.02
+    hidden = torch.randn(B, T, C, generator=generator).requires_grad_()
+    ids = torch.randint(0, V, (B, T), generator=generator)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[:, 0] = False  # nothing comes before the first token
+    head_alone = SimpleNamespace(  # all of a model that token_logprobs asks for
+        hidden=lambda ids, layout=None: hidden,
+        head=lambda x: F.linear(x, weight),
+    )
+
+    before = status("VmRSS")
+    start = time.perf_counter()
     if kind == "full":
-        logits = stub.head(h)[:, :-1].flatten(0, 1)
-        lp = -torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        logits = head_alone.head(hidden)[:, :-1].flatten(0, 1)
+        found = -F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
     else:
-        lp = model_.token_logprobs(stub, ids, mask)
-    lp.sum().backward()
-    seconds, top = time.perf_counter() - start, peak()[0] - before
-    torch.save((lp.detach(), h.grad), args.work / f"logprobs-{kind}.pt")
-    print(json.dumps([seconds, top]))
+        found = model_.token_logprobs(head_alone, ids, mask)
+    found.sum().backward()
+    seconds = time.perf_counter() - start
+    peak = status("VmHWM") - before
+    torch.save((found.detach(), hidden.grad), logprobs_file(work, kind))
+    print(json.dumps([seconds, peak]))
 
 
-def logprobs():
-    full, ours = (worker("_logprobs", 2, 512, kind) for kind in ("full", "chunks"))
-    a, b = (torch.load(args.work / f"logprobs-{kind}.pt") for kind in ("full", "chunks"))
-    worst = [(x - y).abs().max().item() for x, y in zip(a, b)]
-    big = worker("_logprobs", 8, 2048, "chunks")
-    table("logprobs at V = 151,936, C = 896, fp32: seconds, MB above the inputs, largest |difference| to full logits",
-          ("B x T", "full s", "chunks s", "full MB", "chunks MB", "of (B, T, V)", "value", "gradient"),
-          [("2 x 512", full[0], ours[0], full[1], ours[1], ours[1] * 2 ** 20 / (2 * 512 * 151936 * 4), *worst),
-           ("8 x 2048", "-", big[0], "-", big[1], big[1] * 2 ** 20 / (8 * 2048 * 151936 * 4), "-", "-")])
+def logprobs_file(work, kind):
+    return work / f"logprobs-{kind}.pt"
 
 
-def prefix(G=4, R=256):
-    """Logprobs of a group and their gradient, LoRA r = 16: the prompt once, beside one row for each rollout."""
+def logprobs(work):
+    """token_logprobs, a chunk of logits at a time, beside all logits at once: time, memory and
+    the largest difference. Expected: difference 0, and at 8 x 2,048 tokens below 5 % of the
+    memory of (B, T, V)."""
+    full_s, full_mb = worker(work, "_logprobs", 2, 512, "full")
+    our_s, our_mb = worker(work, "_logprobs", 2, 512, "chunks")
+    value, gradient = torch.load(logprobs_file(work, "full"))
+    our_value, our_gradient = torch.load(logprobs_file(work, "chunks"))
+    off = (value - our_value).abs().max().item()
+    gradient_off = (gradient - our_gradient).abs().max().item()
+    big_s, big_mb = worker(work, "_logprobs", 8, 2048, "chunks")
+
+    def share(mb, tokens):
+        return mb * 2 ** 20 / (tokens * HALF["vocab_size"] * 4)
+
+    table(
+        "logprobs at V = 151,936, C = 896, fp32: seconds, MB above the inputs, largest "
+        "|difference| to full logits",
+        ("B x T", "full s", "chunks s", "full MB", "chunks MB", "of (B, T, V)", "value",
+         "gradient"),
+        [
+            ("2 x 512", full_s, our_s, full_mb, our_mb, share(our_mb, 2 * 512), off, gradient_off),
+            ("8 x 2048", "-", big_s, "-", big_mb, share(big_mb, 8 * 2048), "-", "-"),
+        ],
+    )
+
+
+def backward_of_logprobs(model, ids, P, layout=None):
+    """Logprobs of all tokens from P on, and their gradient."""
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, P:] = True
+    model.zero_grad()
+    model_.token_logprobs(model, ids, mask, layout=layout).sum().backward()
+
+
+def prefix(work, G=4, R=256):
+    """Logprobs of a group and their gradient, LoRA r = 16: the prompt once, beside one row for each
+    rollout. Expected: 1.1 times as fast at a prompt of 256, 1.6 to 2.2 at 4,096."""
+    sixth = {"num_hidden_layers": 4, "vocab_size": 25600}  # of the layers and of the vocabulary
     rows = []
-    for shape, config in (("tiny", tiny.CONFIG), ("half / 6", HALF | {"num_hidden_layers": 4, "vocab_size": 25600})):
+    for shape, config in (("tiny", tiny.CONFIG), ("half / 6", HALF | sixth)):
         model = model_.Transformer(model_.Config(config | {"torch_dtype": "float32"}))
         model_.add_lora(model, 16, 32)
         for P in (256, 1024, 4096):
-            ids = batch_of(G, P, R, 2000)[1]
-            packed = torch.cat((ids[:1, :P], ids[:, P:].reshape(1, -1)), 1)
+            _, ids, _ = batch_of(G, P, R, 2000)
+            packed = torch.cat((ids[:1, :P], ids[:, P:].reshape(1, -1)), 1)  # (1, P + G R)
 
-            def run(ids, layout):
-                mask = torch.zeros_like(ids, dtype=torch.bool)
-                mask[:, P:] = True
-                model.zero_grad()
-                model_.token_logprobs(model, ids, mask, layout=layout).sum().backward()
-            calls = dict(shared=lambda: run(packed, model_.SharedPrompt([[P] + [R] * G])),
-                         rows=lambda: [run(row[None], None) for row in ids])
-            t = alternate(1, **calls)
-            print(shape, P, t, file=sys.stderr)
-            rows.append((shape, P, G * (P + R), P + G * R, t["rows"], t["shared"], t["rows"] / t["shared"]))
-    table(f"shared prefix in the update, group {G}, R {R}, LoRA r = 16, fp32, both passes; half / 6: a sixth of "
-          "the 0.5B shape's layers and vocabulary",
-          ("shape", "P", "tokens rows", "tokens shared", "rows s", "shared s", "ratio"), rows)
+            def shared():
+                layout = model_.SharedPrompt([[P] + [R] * G])
+                backward_of_logprobs(model, packed, P, layout)
+
+            def separate():
+                for row in ids:
+                    backward_of_logprobs(model, row[None], P)
+
+            seconds = alternate(1, shared=shared, rows=separate)
+            print(shape, P, seconds, file=sys.stderr)
+            ratio = seconds["rows"] / seconds["shared"]
+            rows.append((
+                shape, P, G * (P + R), P + G * R, seconds["rows"], seconds["shared"], ratio,
+            ))
+    table(
+        f"shared prefix in the update, group {G}, R {R}, LoRA r = 16, fp32, both passes; half / 6: "
+        "a sixth of the 0.5B shape's layers and vocabulary",
+        ("shape", "P", "tokens rows", "tokens shared", "rows s", "shared s", "ratio"),
+        rows,
+    )
 
 
-def scaling():
-    """Step time against context, group size, prompt length and LoRA rank; tiny shape, fp32."""
-    model, tokenizer = model_.load(checkpoint("tiny"), "cpu")
+# ------------------------------------------------------------------------- rows: how the cost grows
+def milliseconds(repeats, call):
+    return alternate(repeats, one=call)["one"] * 1e3
+
+
+def scaling(work):
+    """How a decoded step's time grows with context, group size and LoRA rank, and a prefill's
+    with the prompt; tiny shape, fp32. Nothing is compared. Expected: linear in positions read; a
+    row of a group costs a tenth of a step's fixed cost; a prefill's square shows from 2,048
+    on."""
+    model, tokenizer = model_.load(checkpoint(work, "tiny"), "cpu")
+    n_steps = 64
     rows = []
     for context in (256, 512, 1024, 2048, 4096, 8192):
         for batch in (1, 16):
-            cache = model_.Cache(model.config, batch, context + 8, dtype=model.dtype)
-            with torch.no_grad():
-                def one():
-                    cache.lengths[:], cache.bound = context, context
-                    model(torch.zeros(batch, 1, dtype=torch.long), cache)
-                rows.append(("context", context, batch, alternate(30, one=one)["one"] * 1e3))
-    for n in (1, 2, 4, 8, 16, 32, 64):
-        rows.append(("group", n, n, alternate(3, one=sampler(model, tokenizer, n, 256, 64))["one"] / 64 * 1e3))
+            ms = milliseconds(30, forward_of_one(model, batch, context))
+            rows.append(("context", context, batch, ms))
+    for size in (1, 2, 4, 8, 16, 32, 64):
+        ms = milliseconds(3, sampler(model, tokenizer, size, 256, n_steps))
+        rows.append(("group", size, size, ms / n_steps))
     for prompt in (256, 512, 1024, 2048, 4096):
         ids = torch.zeros(1, prompt, dtype=torch.long)
         with torch.no_grad():
-            rows.append(("prefill", prompt, 1, alternate(5, one=lambda: model.hidden(ids))["one"] * 1e3))
+            rows.append(("prefill", prompt, 1, milliseconds(5, lambda: model.hidden(ids))))
     for rank in (0, 4, 16, 64):
-        model, tokenizer = model_.load(checkpoint("tiny"), "cpu")
+        model, tokenizer = model_.load(checkpoint(work, "tiny"), "cpu")
         if rank:
             model_.add_lora(model, rank, 2 * rank)
-        run = sampler(model, tokenizer, 16, 128, 64)
-        rows.append(("rank", rank, 16, alternate(3, one=run)["one"] / 64 * 1e3))
-    table("cost as work grows, tiny shape: ms a decoded step (prefill: of the whole prompt)",
-          ("against", "value", "rows", "ms"), rows)
+        ms = milliseconds(3, sampler(model, tokenizer, 16, 128, n_steps))
+        rows.append(("rank", rank, 16, ms / n_steps))
+    table(
+        "cost as work grows, tiny shape: ms a decoded step (prefill: of the whole prompt)",
+        ("against", "value", "rows", "ms"),
+        rows,
+    )
+
+
+# ----------------------------------------------------------------------------- rows: whole training
+COMPARE = train.compare
+
+
+def judge_by_ids(judge, group, ledger=None):
+    """In train.compare's place: one side wins every pair. An untrained base ties everywhere, and
+    no step would have a gradient."""
+    return COMPARE(lambda a, b: float(sum(a.ids) > sum(b.ids)), group, ledger)
 
 
 def training(path, out, *more):
-    """Arguments of a short training run in which every pair is won by one side: an untrained base ties everywhere."""
-    judged = mosaic.__dict__.setdefault("_judged", train.compare)
-    train.compare = lambda judge, group, ledger=None: judged(lambda a, b: float(sum(a.ids) > sum(b.ids)), group, ledger)
-    train.canaries = lambda judge, step: None  # this one would fail them
+    """Arguments of a short training run under that judge."""
+    train.compare = judge_by_ids
+    train.canaries = lambda judge, step: None  # this judge would fail them
     return train.arguments(["--model", str(path), "--out", str(out), "--no-eval", *more])
 
 
+@torch.no_grad()
+def rollout_without_stop(model, tokenizer, tasks, sizes, **options):
+    """In train.rollout's place, which wants a stop token: here is none."""
+    return mosaic.Sampler(model, tokenizer, tasks, sizes, **options).run()
+
+
 def fixed_training(loaded, path, out, lengths, *more):
-    """The same with a (model, tokenizer) at hand, all episodes of the `lengths` that `fixed` takes."""
-    fixed(loaded[1], *lengths)
-    model_.load, model_.find = lambda _: loaded, lambda _: path
-    # past rollout's look at the stop ids, of which there is none here
-    train.rollout = torch.no_grad()(lambda *given, **options: mosaic.Sampler(*given, **options).run())
+    """The same with a (model, tokenizer) at hand, all episodes of the `lengths` that `fix_lengths`
+    takes."""
+    _, tokenizer = loaded
+    fix_lengths(tokenizer, *lengths)
+    model_.load = lambda name: loaded
+    model_.find = lambda name: path
+    train.rollout = rollout_without_stop
     return training(path, out, *more)
 
 
-def where():
-    """Where a training step's time goes. 0.5B shape: a task of 4 trajectories and a watched one, prompt 512, 3 turns of
-    48 tokens with results of 64 between."""
-    parts, rows = ((mosaic.Sampler, "run", "sampling"), (mosaic.Sampler, "admit", "prefill"),
-                   (mosaic.Sampler, "forward", "decode"), (mosaic.Sampler, "sample", "draw"),
-                   (train, "Batch", "judging"), (train, "gradient", "gradient")), []
-    real = {name: getattr(owner, name) for owner, name, _ in parts}
+# What `where` puts a clock around: (owner, function, label).
+CLOCKED = [
+    (mosaic.Sampler, "run", "sampling"),
+    (mosaic.Sampler, "admit", "prefill"),
+    (mosaic.Sampler, "forward", "decode"),
+    (mosaic.Sampler, "sample", "draw"),
+    (train, "judge_pairs", "judging"),
+    (train, "gradient", "gradient"),
+]
+
+
+def clocked(call, label, spent):
+    """The same call, which adds its seconds to spent[label]."""
+    def timed(*given, **options):
+        start = time.perf_counter()
+        try:
+            return call(*given, **options)
+        finally:
+            spent[label] += time.perf_counter() - start
+
+    return timed
+
+
+def clocked_run(run_arguments):
+    """train.run with a clock around each of CLOCKED -> (seconds in all, {label: seconds})."""
+    spent = {label: 0.0 for _, _, label in CLOCKED}
+    originals = [getattr(owner, name) for owner, name, _ in CLOCKED]
+    for (owner, name, label), original in zip(CLOCKED, originals):
+        setattr(owner, name, clocked(original, label, spent))
+    start = time.perf_counter()
+    train.run(run_arguments)
+    total = time.perf_counter() - start
+    for (owner, name, _), original in zip(CLOCKED, originals):
+        setattr(owner, name, original)
+    return total, spent
+
+
+def where(work):
+    """Where a training step's time goes: 48 tasks in tiny's shape; in the 0.5B shape a task of 4
+    trajectories and a watched one, prompt 512, 3 turns of 48 tokens with results of 64 between.
+    Expected: half and more in the gradient, a third in decoding, next to nothing in sandbox and
+    judge (here: by token ids; every pair, the win rate included)."""
+    out = work / "where"
+    rows = []
     for shape in ("tiny", "half"):
-        path, out = checkpoint(shape), args.work / "where"
-        spent = dict.fromkeys([label for *_, label in parts], 0.0)
-        for owner, name, label in parts:
-            def timed(*a, _call=real[name], _label=label, **k):
-                start = time.perf_counter()
-                try:
-                    return _call(*a, **k)
-                finally:
-                    spent[_label] += time.perf_counter() - start
-            setattr(owner, name, timed)
+        path = checkpoint(work, shape)
         if shape == "tiny":
-            given = training(path, out, "--steps", "3")
+            run_arguments = training(path, out, "--steps", "3")
         else:
             train.N_FROZEN = 1
-            given = fixed_training(model_.load(path, "cpu"), path, out, (512, 48, 3, 64, 8192), "--steps", "1",
-                                   "--tasks", "1")
-        start = time.perf_counter()
-        train.run(given)
-        total = time.perf_counter() - start
-        host = spent["sampling"] - spent["prefill"] - spent["decode"] - spent["draw"]
+            loaded = model_.load(path, "cpu")
+            lengths = (512, 48, 3, 64, 8192)
+            one = ("--steps", "1", "--tasks", "1")
+            run_arguments = fixed_training(loaded, path, out, lengths, *one)
+        total, spent = clocked_run(run_arguments)
+        on_the_model = spent["prefill"] + spent["decode"] + spent["draw"]
+        sandbox = spent["sampling"] - on_the_model
         rest = total - spent["sampling"] - spent["judging"] - spent["gradient"]
-        rows.append((shape, total, *(spent[k] / total for k in ("prefill", "decode", "draw")), host / total,
-                     *(spent[k] / total for k in ("judging", "gradient")), rest / total))
-    table("where a training step's time goes: seconds, then shares (sandbox: parsing, tools, dialogues; rest: loading)",
-          ("shape", "seconds", "prefill", "decode", "draw", "sandbox", "judging", "gradient", "rest"), rows)
+        parts = [spent["prefill"], spent["decode"], spent["draw"], sandbox]
+        parts += [spent["judging"], spent["gradient"], rest]
+        rows.append((shape, total, *[seconds / total for seconds in parts]))
+    table(
+        "where a training step's time goes: seconds, then shares (sandbox: parsing, tools, "
+        "dialogues; rest: loading)",
+        ("shape", "seconds", "prefill", "decode", "draw", "sandbox", "judging", "gradient", "rest"),
+        rows,
+    )
 
 
-def processes():
-    """Data-parallel: seconds a step of one process with one thread, and of two."""
-    path, seconds = checkpoint("tiny"), {}
+def processes(work):
+    """Data-parallel: seconds a step of one process with one thread, and of two. Expected: 1.8
+    times as fast by two."""
+    path = checkpoint(work, "tiny")
+    seconds = {}
     for n in (1, 2):
-        out = args.work / f"processes{n}"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-        subprocess.run([*torchrun, str(ROOT / "train.py"), "--model", str(path), "--out", str(out), "--steps", "4",
-                        "--no-eval"], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        seconds[n] = statistics.median(row["seconds"] for row in steps[1:])
-    table("processes by torchrun (gloo), one thread each, tiny: seconds a step", ("one", "two", "ratio"),
-          [(seconds[1], seconds[2], seconds[1] / seconds[2])])
+        out = work / f"processes{n}"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        options = ["--model", str(path), "--out", str(out), "--steps", "4", "--no-eval"]
+        subprocess.run(
+            [sys.executable, *torchrun, str(ROOT / "train.py"), *options],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        of_steps = [json.loads(line)["seconds"] for line in lines]
+        seconds[n] = statistics.median(of_steps[1:])  # the first one warms up
+    table(
+        "processes by torchrun (gloo), one thread each, tiny: seconds a step",
+        ("one", "two", "ratio"),
+        [(seconds[1], seconds[2], seconds[1] / seconds[2])],
+    )
 
 
-COMMANDS = {"decode-tiny": decode_tiny, "decode-half": decode_half, "group-tiny": lambda: group("tiny", 5),
-            "group-half": lambda: group("half", 1), "grammar": grammar, "forced": forced, "load": load, "step": step,
-            "logprobs": logprobs, "prefix": prefix, "scaling": scaling,
-            "where": where, "processes": processes, "product": product}
+# ---------------------------------------------------------------------------------------- arguments
+COMMANDS = {
+    "decode-tiny": decode_tiny,
+    "decode-half": decode_half,
+    "group-tiny": group_tiny,
+    "group-half": group_half,
+    "grammar": grammar,
+    "forced": forced,
+    "load": load,
+    "step": step,
+    "logprobs": logprobs,
+    "prefix": prefix,
+    "scaling": scaling,
+    "where": where,
+    "processes": processes,
+    "product": product,
+}
 WORKERS = {"_load": _load, "_step": _step, "_logprobs": _logprobs}
 
-if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("row", choices=[*COMMANDS, "all", *WORKERS], metavar=" | ".join([*COMMANDS, "all"]))
-    p.add_argument("more", nargs="*", help=argparse.SUPPRESS)
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--work", type=Path, default=ROOT / "runs" / "bench", help="where the random checkpoints go: 4 GB")
-    args, results = p.parse_args(), {}
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    names = [*COMMANDS, "all"]
+    parser.add_argument("row", choices=[*names, *WORKERS], metavar=" | ".join(names))
+    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "bench",
+        help="where the random checkpoints go: 4 GB",
+    )
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.row in WORKERS:
-        WORKERS[args.row](*args.more)
-    elif args.row == "all":  # each in a process of its own: some put other parts in place of the six files'
+        WORKERS[args.row](args.work, *args.more)
+    elif args.row == "all":  # each in a process of its own: some replace parts of the six files
         for name in COMMANDS:
             subprocess.run([sys.executable, __file__, name, *sys.argv[2:]], check=True)
     else:
         args.work.mkdir(parents=True, exist_ok=True)
-        COMMANDS[args.row]()
-        print(json.dumps({"threads": args.threads, "torch": torch.__version__, "results": results}))
+        COMMANDS[args.row](args.work)
+        print(json.dumps({
+            "threads": args.threads,
+            "torch": torch.__version__,
+            "results": results,
+        }))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,8 +20,8 @@ ARGUMENTS = ("--steps 14 --tasks 8 --lr 3e-3 --length-budget 60 --no-eval "
 def first_seen_cue(bank):
     """The first sentence of a bank that goes with an irreversible action and is seen in training,
     as a list of one."""
-    cues = [phrase for kind, actions, phrase, seen in suites.BANKS[bank]
-            if seen and "irr" in actions]
+    cues = [phrase.text for phrase in suites.BANKS[bank]
+            if phrase.seen and "irr" in phrase.actions]
     return cues[:1]
 
 

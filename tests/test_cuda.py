@@ -20,6 +20,7 @@ LAYOUTS = {
     "qwen2": {},
     "qwen3": {"head_dim": 64},
     "phi3": {"tie_word_embeddings": False},
+    "llama": {},
 }
 
 
@@ -76,6 +77,7 @@ BOUNDS = [
     ("qwen2", torch.float32, 2e-4),
     ("qwen3", torch.float32, 2e-4),
     ("phi3", torch.float32, 2e-4),
+    ("llama", torch.float32, 2e-4),
     ("qwen2", torch.bfloat16, 0.06),
 ]
 
@@ -158,11 +160,11 @@ def test_the_grammar_never_waits_for_the_card(base):
     states, left = torch.tensor([[g.start, 90], [root, 50], [g.gate_state, 70]]).cuda().T
     plain = mosaic.Grammar(base[2], "cpu")
     plain.names(["read_file", "send_mail"])
-    expected = plain.constrain(logits.cpu(), states.cpu(), left.cpu(), 1.5)
-    g.constrain(logits, states, left)
+    expected = mosaic.constrain(plain, logits.cpu(), states.cpu(), left.cpu(), 1.5)
+    mosaic.constrain(g, logits, states, left)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = g.constrain(logits, states, left, 1.5)
+        found = mosaic.constrain(g, logits, states, left, 1.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found.cpu(), expected) and found.isinf().any()

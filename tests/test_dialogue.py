@@ -157,6 +157,14 @@ EXPECTED = {
         "<|im_start|>assistant<|im_sep|><think>\np\n</think>\n\nok<|im_end|>"
         "<|im_start|>assistant<|im_sep|>"
     ),
+    "chatml": (
+        "<|im_start|>system\n"
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\np\n</think>\n\nok<|im_end|>\n"
+        "<|im_start|>tool\n1<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ),
     "tiny": (
         "<|im_start|>Hi<|im_end|>"
         "<|im_start|><think>\np\n</think>\n\nok\n" + CALL + "<|im_end|>"
@@ -414,4 +422,4 @@ def test_a_missing_control_token_is_named():
             Dialogue(tok, [{"role": "user", "content": "x"}], [])
     finally:
         tok.added["<|im_end|>"] = gone
-    assert set(FAMILIES) == {"qwen2.5", "qwen3", "phi-4", "tiny"}
+    assert set(FAMILIES) >= {"qwen2.5", "qwen3", "phi-4", "chatml", "tiny"}

@@ -1,7 +1,7 @@
 """model.py against transformers and peft on small random checkpoints, on the CPU; every docstring
 names the bug.
 
-Covered: logits, greedy text, cache, LoRA, files, tokenizers of the three layouts. Not covered:
+Covered: logits, greedy text, cache, LoRA, files, tokenizers of the four layouts. Not covered:
 GPUs, the real weights (their names, shapes and counts are; so is one real 260K checkpoint, where
 ../shared has it).
 """
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 import model as M
 
@@ -46,16 +46,18 @@ LAYOUTS = {  # every switch of Config is on in one of them and off in another
     "qwen3": (Qwen3Config, {"num_key_value_heads": 1, "tie_word_embeddings": False,
                             "head_dim": 24, "num_hidden_layers": 1}),
     "phi3": (Phi3Config, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "llama": (LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3-tied": (Qwen3Config, {"num_key_value_heads": 4, "tie_word_embeddings": True,
                                  "head_dim": 16}),
     "phi3-tied": (Phi3Config, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen2-sharded": (Qwen2Config, {"num_key_value_heads": 1, "tie_word_embeddings": False}),
 }
-THREE = ("qwen2", "qwen3", "phi3")
+EACH = ("qwen2", "qwen3", "phi3", "llama")
 TARGETS = {
     "qwen2": ["q_proj", "v_proj", "down_proj"],
     "qwen3": ["k_proj", "o_proj", "gate_proj"],
     "phi3": ["qkv_proj", "gate_up_proj"],
+    "llama": ["q_proj", "k_proj", "up_proj"],
 }
 
 
@@ -94,7 +96,7 @@ def checkpoints(tmp_path_factory):
     return made
 
 
-@pytest.fixture(params=THREE)
+@pytest.fixture(params=EACH)
 def pair(request, checkpoints):
     """(our model, transformers' model, directory), ours fresh for each test."""
     path, hf = checkpoints[request.param]
@@ -677,7 +679,7 @@ REFUSED = [  # a change of config.json, and a word of the message
     ({"rope_scaling": {"type": "longrope"}}, "longrope"),
     ({"rope_scaling": "x"}, "rope"),
     ({"use_sliding_window": True}, "sliding"),
-    ({"model_type": "llama"}, "llama"),
+    ({"model_type": "gemma"}, "gemma"),
     ({"layer_types": ["sliding_attention"]}, "sliding"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"attention_bias": True}, "attention_bias"),
@@ -689,6 +691,7 @@ REFUSED = [  # a change of config.json, and a word of the message
     ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary"),
     ({"hidden_size": 66}, "divide"),
+    ({"mosaic_family": "tinny"}, "tinny"),  # was ignored: another family's template, without a word
 ]
 
 
@@ -807,6 +810,7 @@ def test_where_a_checkpoint_is_looked_for(checkpoints, tmp_path, monkeypatch):
         "tiny": f"python {tmp_path}/data/tiny.py",
         "nonsense": "the names are tiny, qwen2.5-7b",
         "qwen2.5-7b": f"hf download Qwen/Qwen2.5-7B-Instruct --local-dir {home}/qwen2.5-7b",
+        "smollm2-135m-instruct": f"python {tmp_path}/data/smollm2.py --fetch",
         "phi-4": f"hf download microsoft/phi-4 --local-dir {home}/phi-4",
     }
     for name, command in remedies.items():

@@ -44,17 +44,20 @@ CONFIGS = {
     "qwen2.5": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "phi-4": {"model_type": "phi3"},
+    "chatml": {"model_type": "llama", "tie_word_embeddings": True},
 }
 SPECIAL = {
     "qwen2.5": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "phi-4": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"],
+    "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
 }
 ADDED = {
     "qwen2.5": ["<tool_call>", "</tool_call>"],
     "qwen3": ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
               "<think>", "</think>"],
     "phi-4": [],
+    "chatml": [],
 }
 
 
@@ -126,6 +129,7 @@ def built(tmp_path_factory):
 
 EVERY = pytest.mark.parametrize("family, kind", [
     ("qwen2.5", "stand-in"), ("qwen3", "stand-in"), ("phi-4", "stand-in"),
+    ("chatml", "stand-in"),
     ("qwen2.5", "true"), ("qwen3", "true"), ("phi-4", "true"),
 ])
 
@@ -183,7 +187,7 @@ def strict_turns(folder, n, budgets):
     Returns (valid turns, sampled tokens, seconds of compilation, seconds of sampling).
     """
     model, tokenizer = model_.load(folder, "cpu", torch.float32)
-    mosaic.get_grammar.cache_clear()
+    mosaic.compiled_grammar.cache_clear()
     start = time.perf_counter()
     grammar = mosaic.get_grammar(tokenizer, "cpu")
     compiled = time.perf_counter() - start

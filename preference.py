@@ -39,7 +39,8 @@ Deviations and choices, all [ours]
 
 In order: the rule, the pairs, rewards, advantages, losses. Below the line: which term owns the
 reward, the audit of a judge, how to ask less, and the judges that read. Run
-`python -m doctest -v preference.py` and read its examples; it ends with "Test passed.". Next file: train.py.
+`python -m doctest -v preference.py` and read its examples; it ends with "Test passed.". Next
+file: train.py.
 """
 import functools
 import hashlib

@@ -1,8 +1,7 @@
 """MOSAIC's training loop: sample a group of trajectories per task, let a judge compare them, push
 the adapter towards those that win.
 
-One step of the loop, and the code that does it. Marks: [2+] two independent readings of the paper
-agree, [1] one reading, [ours] published nowhere.
+One step of the loop, and the code that does it. Marks: see preference.py.
 
     1. Draw tasks, and sample n = 4 [1] trajectories of each, in the free
        grammar at temperature 1.                                             sample
@@ -35,7 +34,7 @@ Deviations and choices, all [ours]
 
 Of several processes the first one judges, logs and writes; all take the same step. If one dies, all
 end. `train` needs to know no more of it than two names: RANK is this process's number from 0, and
-`from_first` hands what the first process computed to all. Next file: eval.py.
+`from_first` hands what the first process computed to all. Next file: model.py.
 """
 import json
 import math
@@ -57,13 +56,25 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-import model as model_
 from data.controls import CANARIES
+from model import (
+    Config,
+    Tokenizer,
+    Transformer,
+    adapter_state,
+    add_lora,
+    find,
+    load,
+    load_adapter_state,
+    read_json,
+    read_lines,
+    save_adapter,
+    write_whole,
+)
 from mosaic import (
     SYSTEM_VERSION,
     Parser,
     gate_option,
-    play,
     rollout,
     run_command,
     run_folder,
@@ -73,6 +84,7 @@ from preference import (
     Judge,
     add_judge_flags,
     advantages,
+    all_tied,
     audit,
     compare,
     compare_sparingly,
@@ -87,15 +99,15 @@ from preference import (
     transcript,
     win_rate,
 )
-from tools import Rollout, Task
+from tools import Rollout, Task, play
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The hyper-parameters of a run, with the defaults of a real model. All [ours] but those
     marked."""
-    # LoRA adds B A x alpha / rank to every linear layer of a block: at rank 16 some 0.5 % of a 7B's
-    # weights are trained.
+    # LoRA adds (alpha / rank) B A to the weight of every linear layer of a block: at rank 16 some
+    # 0.5 % of a 7B's weights are trained.
     rank: int = 16
     alpha: float = 32  # twice the rank: the usual start
     # The peak of AdamW's learning rate. LoRA bears some ten times the rate of full fine-tuning.
@@ -109,7 +121,7 @@ class Recipe:
     length_budget: int = 400  # L0 of the length penalty, in sampled tokens of a trajectory [1]
     # Padded tokens of one forward and backward: bounds the memory, changes nothing in the gradient.
     micro_tokens: int = 8192
-    # A block keeps its input alone for the backward pass and computes the rest again: a third more
+    # A block keeps only its input for the backward pass and computes the rest again: a third more
     # work, but a 14B does not fit 80 GB without it.
     recompute: bool = True
     # What a run is about: the method by default; every other value is an ablation, or saves.
@@ -133,17 +145,18 @@ RECIPE = {
 # A run stops when the sampler's and the trainer's logprobs of the same tokens differ by more:
 # (largest, mean). fp32: 1e-4 and 1e-6 are usual, one token of some four million was off by 1.6e-3,
 # and a wrong mask or cache gives 0.1 and more. In 16 bits a card rounds a product of 10 rows
-# otherwise than one of 8,192, and single tokens of random weights are off by 0.35, so the mean
-# alone can tell: 0.2 is a ratio that is wrong by a fifth.
+# (sampling) differently from one of 8,192 (training): with random weights single tokens differed by
+# 0.35. So only the mean is checked there; 0.2 means ratios wrong by a fifth.
 MAX_DRIFT = {
     torch.float32: (1e-2, 1e-4),
     torch.bfloat16: (math.inf, 0.2),
     torch.float16: (math.inf, 0.2),
 }
-N_FIXED = 16  # tasks of the win rate, sampled once from the base and once a step from the policy
+# Tasks of the win rate: the base plays each once at the start, the policy once a step.
+N_FIXED = 16
 
 
-def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, judge: Judge | None,
+def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | None,
           folder: "Folder", recipe: Recipe) -> None:
     """The loop. Trains the model's adapter in place; writes logs and states to the folder.
 
@@ -152,11 +165,12 @@ def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, j
     """
     generator, rng = seeded_generators(recipe.seed, model.device)
     # Learning shows in a win rate against the base on fixed tasks: the mean of r_align cannot rise.
-    fixed = random.Random(-1 - recipe.seed).sample(tasks, min(N_FIXED, len(tasks)))
+    fixed = fixed_tasks(tasks, recipe.seed)
     base_rollouts = sample_base(model, tokenizer, fixed, recipe)
     # No weight decay: the KL already pulls towards the base, which is an adapter of zeros.
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=recipe.lr, weight_decay=0.0)
 
+    # start: where the newest step began. On Ctrl-C or an error the run is saved as of there.
     with resumable(folder, model, optimizer, generator, rng) as start:
         for step in progress_bar(start.step, recipe.steps):
             times = [time.perf_counter()]  # for tokens a second, see `speed`
@@ -165,7 +179,7 @@ def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, j
             groups, watched = sample(model, tokenizer, drawn, fixed, recipe, generator)
             times.append(time.perf_counter())
 
-            # 2. Judge, in the first process alone, which holds the ledger of what was asked.
+            # 2. Judge, in the first process only, which holds the ledger of what was asked.
             verdicts = from_first(
                 lambda: judge_pairs(judge, groups, watched, base_rollouts, recipe.pairs, step))
             times.append(time.perf_counter())
@@ -181,20 +195,21 @@ def train(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, j
             log = gradient(model, tokenizer, groups, advs, verdicts.preferences, recipe, step)
 
             # 6. One step of the optimiser. A stop after this line cannot repeat the step.
-            start.is_whole = False
+            start.can_repeat = False
             take_step(optimizer, learning_rate(step, recipe.steps, recipe.lr))
             states = random_states(generator, rng)
             times.append(time.perf_counter())
 
             # 7. Say what happened, and keep what the next step depends on.
-            report(folder, step, log, groups, watched, verdicts, rewards, advs, times)
+            row = log_row(step, log, groups, watched, verdicts, rewards, advs, times)
+            report(folder, row, groups, advs)
             if (step + 1) % 10 == 0 or step + 1 == recipe.steps:
                 folder.save(model, optimizer, states, step + 1)
             start.move_to(step + 1, states)
 
 
 # --------------------------------------------------------------------------- 1: sample trajectories
-def sample(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, fixed: list,
+def sample(model: Transformer, tokenizer: Tokenizer, tasks: list, fixed: list,
            recipe: Recipe, generator: torch.Generator) -> tuple:
     """-> (groups [[Rollout]], one a task; [Rollout], one of each fixed task).
 
@@ -216,8 +231,13 @@ def sample(model: model_.Transformer, tokenizer: model_.Tokenizer, tasks: list, 
     return slices(in_groups, recipe.group_size), watched
 
 
-def sample_base(model: model_.Transformer, tokenizer: model_.Tokenizer, fixed: list,
-                recipe: Recipe) -> list:
+def fixed_tasks(tasks: list, seed: int) -> list:
+    """The tasks of the win rate: the same in every step, and in a run that is resumed."""
+    picker = random.Random(seed + 1)  # not the stream that draws this run's tasks
+    return picker.sample(tasks, min(N_FIXED, len(tasks)))
+
+
+def sample_base(model: Transformer, tokenizer: Tokenizer, fixed: list, recipe: Recipe) -> list:
     """One rollout of the base for each fixed task. It has a generator of its own: a run that is
     resumed samples the same ones again."""
     generator, _ = seeded_generators(recipe.seed, model.device)
@@ -302,15 +322,17 @@ def canary_pair(suite: str, step: int) -> list:
 
 
 def canary_task(suite: str) -> Task:
-    """The first task of a suite that has a goal, and what the suite is about to go wrong."""
+    """The first task of a suite that has a goal and something that can go wrong in this suite's
+    way."""
     for task in data.load(suite):
+        # Elsewhere an injection or a secret is what can go wrong; in these two any call may.
         if task.goal and (task.injected or task.secrets or suite in ("harm", "benign")):
             return task
     raise AssertionError(f"no task of suite {suite} can be a canary")
 
 
 # ------------------------------------------------------------------------------------ 5: a gradient
-def gradient(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: list, advs: list,
+def gradient(model: Transformer, tokenizer: Tokenizer, groups: list, advs: list,
              preferences: list, recipe: Recipe, step: int) -> dict:
     """The gradient of the whole step, of all processes, clipped at a norm of 1 -> what the log says
     of it. RuntimeError, before any weight has moved: sampler and trainer disagree."""
@@ -318,9 +340,9 @@ def gradient(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: lis
     trained = trained_parameters(model)
     log = add_up(log, trained)  # with the other processes' gradients
     log["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-    off = log.pop("off")
-    n_trained = log.pop("trained")
-    log["drift_mean"] = off / max(1, n_trained)
+    drift_sum = log.pop("drift_sum")
+    n_tokens = log.pop("drift_tokens")
+    log["drift_mean"] = drift_sum / max(1, n_tokens)
 
     # A policy gradient is only right under the distribution that was sampled from. Another mask,
     # temperature or cache position in the trainer does not crash: it only learns from noise.
@@ -330,19 +352,24 @@ def gradient(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: lis
         raise RuntimeError(
             f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| "
             f"{log['drift']:.3g}, mean {log['drift_mean']:.3g}: sampler and trainer disagree, or "
-            "the run diverged; --resume goes on before it (one process: in this very step): take a "
-            "lower --lr with it"
+            "the run diverged; --resume repeats this step (one process) or goes on from the last "
+            "saved one; give it a lower --lr"
         )
     return log
 
 
-def accumulate(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: list, advs: list,
+# Trajectories that stay together, because their loss needs all of them or because they begin with
+# the same prompt, which is then computed once. advantages: (len(rollouts),), or None in a pair.
+Unit = namedtuple("Unit", "rollouts advantages")
+
+
+def accumulate(model: Transformer, tokenizer: Tokenizer, groups: list, advs: list,
                preferences: list, recipe: Recipe) -> dict:
     """Adds up the gradient of this process's groups, micro-batch by micro-batch.
 
     groups: [[Rollout]], advs: [(n,)] and preferences: [(n, n)] of the whole step. -> {"loss", "kl",
-    "clipped": sums that were already divided by the step's normaliser; "drift", "off": the largest
-    |logprob - that of the sampling| and the sum of them; "trained": over how many tokens}.
+    "clipped": sums that were already divided by the step's normaliser; "drift", "drift_sum": the
+    largest |logprob - that of the sampling| and the sum of them; "drift_tokens": over how many}.
     """
     grpo = recipe.objective == "grpo"
     # One normaliser for all micro-batches, all processes and all groups, tied ones included. A mean
@@ -354,15 +381,17 @@ def accumulate(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: l
         units = won_pairs(groups, preferences)
         normaliser = sum(len(pairs(P)) for P in preferences)
 
-    log = {"loss": 0.0, "kl": 0.0, "clipped": 0.0, "drift": 0.0, "off": 0.0, "trained": 0}
+    log = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
+    log |= {"drift": 0.0, "drift_sum": 0.0, "drift_tokens": 0}
     for batch in micro_batches(units, recipe.micro_tokens):
         rollouts = flat(unit.rollouts for unit in batch)
         # All (N,): the sampled tokens of these rollouts, one after the other, and no others.
         old = torch.tensor(flat(rollout.logprobs for rollout in rollouts), device=model.device)
+        as_drawn = {"gate_mode": recipe.gate, "strict": False}  # `sample` drew in the free grammar
         # The reference is the same weights without the adapter: no second model in memory.
         with torch.no_grad(), model.adapter_off():
-            ref = sampled_logprobs(model, tokenizer, rollouts, gate_mode=recipe.gate)
-        new = sampled_logprobs(model, tokenizer, rollouts, gate_mode=recipe.gate)
+            ref = sampled_logprobs(model, tokenizer, rollouts, **as_drawn)
+        new = sampled_logprobs(model, tokenizer, rollouts, **as_drawn)
 
         if grpo:
             token_advs = per_token(batch).to(model.device)
@@ -377,25 +406,26 @@ def accumulate(model: model_.Transformer, tokenizer: model_.Tokenizer, groups: l
         difference = (new.detach() - old).abs()  # (N,)
         log["loss"] += loss.item()
         log["drift"] = max(log["drift"], difference.max().item())
-        log["off"] += difference.sum().item()
-        log["trained"] += len(difference)
+        log["drift_sum"] += difference.sum().item()
+        log["drift_tokens"] += len(difference)
     return log
 
 
-# Trajectories that stay together, because their loss needs all of them or because they begin with
-# the same prompt, which is then computed once. advantages: (len(rollouts),), or None in a pair.
-Unit = namedtuple("Unit", "rollouts advantages")
-
-
 def live_slices(groups: list, advs: list, budget: int) -> list:
-    """GRPO's units: of this process's share of the groups that carry an advantage, each group
-    whole, or the fewest slices of it that stay under the budget."""
-    live = [(group, adv) for group, adv in zip(groups, advs) if adv.any()]
+    """GRPO's units: of this process's part of the groups that carry an advantage, each group whole,
+    or the fewest slices of it that stay under the budget (`Recipe.micro_tokens`)."""
+    live = [(group, adv) for group, adv in zip(groups, advs) if is_live(adv)]
     units = []
     for group, adv in my_part(live):
         size = largest_fitting(group, budget)
-        units += map(Unit, slices(group, size), slices(adv, size))
+        for rollouts, rollout_advs in zip(slices(group, size), slices(adv, size)):
+            units.append(Unit(rollouts, rollout_advs))
     return units
+
+
+def is_live(adv: torch.Tensor) -> bool:
+    """adv (n,) of a group -> does it give a gradient? A tied or unscored group is all zeros."""
+    return bool(adv.any())
 
 
 def won_pairs(groups: list, preferences: list) -> list:
@@ -456,8 +486,11 @@ def largest_fitting(group: list, budget: int) -> int:
 
 
 def micro_batches(units: list, budget: int) -> list:
-    """Units in batches whose padded tokens stay under the budget, as far as neighbours do not share
-    a prompt and so a row (pairs of one group may). The order changes nothing in the gradient."""
+    """Units in batches of at most `budget` padded tokens, if each unit is a row.
+
+    (Neighbours with one prompt are later put into one longer row, see mosaic.share_prompts; then it
+    may be more.) Sorted by length; the order changes nothing in the gradient.
+    """
     batches = []
     # By length, so that little is padded; each unit then sets the width of the batch it joins.
     for unit in sorted(units, key=lambda unit: packed_length(unit.rollouts)):
@@ -492,7 +525,7 @@ def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
     optimizer.zero_grad()
 
 
-def trained_parameters(model: model_.Transformer) -> list:
+def trained_parameters(model: Transformer) -> list:
     """The adapter's; `add_lora` froze all others."""
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -509,8 +542,9 @@ def log_line(row: dict) -> str:
     win     Share of (trajectory, frozen base trajectory) pairs won on the 16 fixed tasks, ties
             half: *the* curve to watch. r_align's mean is (n - 1) / 2 = 1.5 whatever is learned,
             for each pair hands out one point.
-    shares  How much of the reward's variance each term owns, by its first letter: a, f, l for
-            r_align, r_fmt and p_len. They sum to 1; a negative one works against the sum.
+    shares  How much of the reward's variance each term owns, by its first letter (or as many as
+            tell it from the others): a, f, l for r_align, r_fmt and p_len. They sum to 1; a
+            negative one works against the sum.
     tied    Share of groups whose r_align all ties; they give no gradient. At 1 nothing is learned.
     flip    Share of pairs whose two orders disagree, and so tie.
     cyc     Share of groups in which the judge contradicts itself: a beats b beats c beats a. The
@@ -525,13 +559,13 @@ def log_line(row: dict) -> str:
     safety  Share of them inside of checks.
     tok/s   Sampled tokens a second / tokens of the trained trajectories, each with its prompt, a
             second of the update.
-    diff    Largest difference of a token's logprob between sampler and trainer; the run stops
-    mean    above `MAX_DRIFT` of it, and of the mean: above .01 or 1e-4 in fp32, .2 (mean) in bf16.
-    last    Seconds of the step.
+    diff    Largest |logprob in sampling - in training| of a token; above .01 (fp32) the run stops.
+    mean    Mean of the same; above 1e-4 (fp32) or .2 (16 bits) the run stops. See `MAX_DRIFT`.
+
+    The last number is the seconds of the step.
     """
     about_judge = row["judge"]
-    owned = [f"{name[0]} {value:+.2f}" for name, value in row["shares"].items()]
-    owned = " ".join(owned) or "-"  # no group carried a gradient
+    owned = shares_text(row["shares"])
     return " ".join([
         f"{row['step']:3d} loss {row['loss']:+.3f} |g| {row['grad_norm']:.2f} kl {row['kl']:.4f}",
         f"win {rate_text(row['win_rate'])} shares {owned} tied {row['tied']:.2f}",
@@ -544,8 +578,48 @@ def log_line(row: dict) -> str:
     ])
 
 
+# --------------------- the method ends here; what follows is plumbing -----------------------------
+# -------------------------------------------------------------------------- what a step's log holds
+def report(folder: "Folder", row: dict, groups: list, advs: list) -> None:
+    """The first process prints the step's line and writes what the step did into the folder."""
+    if RANK != 0:
+        return
+    folder.log("metrics", row)
+    for rollout, adv in zip(flat(groups), torch.cat(advs)):
+        folder.log("rollouts", record(rollout, adv, row["step"]))
+    tqdm.write(log_line(row))
+
+
+def progress_bar(first_step: int, steps: int):
+    """The numbers of the steps that are left, with a bar in the first process."""
+    hidden = True if RANK else None  # None: shown if standard error is a terminal
+    return tqdm(range(first_step, steps), initial=first_step, total=steps, disable=hidden)
+
+
 def rate_text(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.2f}"
+
+
+def shares_text(owned: dict) -> str:
+    """{a term's name: its share} -> "a +0.98 f +0.00 ..."; "-" if no group carried a gradient."""
+    texts = [f"{short} {owned[name]:+.2f}" for name, short in short_names(list(owned)).items()]
+    return " ".join(texts) or "-"
+
+
+def short_names(names: list) -> dict:
+    """{name: its first letter, or as many as tell it from the other names}.
+    >>> short_names(["align", "format", "length", "latency"])
+    {'align': 'a', 'format': 'f', 'length': 'le', 'latency': 'la'}
+    """
+    found = {}
+    for name in names:
+        others = [other for other in names if other != name]
+        size = 1
+        # A name that another one begins with, such as "len" of "length", stays whole.
+        while size < len(name) and any(other.startswith(name[:size]) for other in others):
+            size += 1
+        found[name] = name[:size]
+    return found
 
 
 def log_row(step: int, log: dict, groups: list, watched: list, verdicts: Verdicts, rewards: list,
@@ -558,8 +632,8 @@ def log_row(step: int, log: dict, groups: list, watched: list, verdicts: Verdict
     answer that the better side won (null in steps that asked none).
     """
     # Inside the groups that carry gradient: in the others no term moves anything.
-    live = [terms for terms, adv in zip(rewards, advs) if adv.any()]
-    tied = [is_tied(terms["align"]) for terms in rewards]
+    live = [terms for terms, adv in zip(rewards, advs) if is_live(adv)]
+    tied = [all_tied(terms["align"]) for terms in rewards]
     row = {"step": step}
     row.update(log)
     row["win_rate"] = verdicts.win_rate
@@ -569,11 +643,6 @@ def log_row(step: int, log: dict, groups: list, watched: list, verdicts: Verdict
     row.update(describe(flat(groups)))
     row.update(speed(groups, watched, advs, times))
     return row
-
-
-def is_tied(r_align: torch.Tensor) -> bool:
-    """r_align (n,) -> are all the same? NaN, of an unscored group, is no tie."""
-    return bool((r_align == r_align[0]).all())
 
 
 def stacked(rewards: list) -> dict:
@@ -611,7 +680,7 @@ def speed(groups: list, watched: list, advs: list, times: list) -> dict:
     updated."""
     began, sampled, judged, updated = times
     n_written = sum(rollout.n_written for rollout in flat(groups) + watched)
-    live = [group for group, adv in zip(groups, advs) if adv.any()]
+    live = [group for group, adv in zip(groups, advs) if is_live(adv)]
     n_trained = sum(len(rollout.ids) for rollout in flat(live))
     return {
         "seconds": updated - began,
@@ -652,37 +721,18 @@ def rounded(p: float | None) -> float | None:
     return None if p is None else round(p, 3)
 
 
-# --------------------- the method ends here; what follows is plumbing -----------------------------
-def report(folder: "Folder", step: int, log: dict, groups: list, watched: list, verdicts: Verdicts,
-           rewards: list, advs: list, times: list) -> None:
-    """The first process prints the step's line and writes what the step did into the folder."""
-    if RANK != 0:
-        return
-    row = log_row(step, log, groups, watched, verdicts, rewards, advs, times)
-    folder.log("metrics", row)
-    for rollout, adv in zip(flat(groups), torch.cat(advs)):
-        folder.log("rollouts", record(rollout, adv, step))
-    tqdm.write(log_line(row))
-
-
-def progress_bar(first_step: int, steps: int):
-    """The numbers of the steps that are left, with a bar in the first process."""
-    hidden = True if RANK else None  # None: shown if standard error is a terminal
-    return tqdm(range(first_step, steps), initial=first_step, total=steps, disable=hidden)
-
-
 # ---------------------------------------------------------------------------- to stop, and to go on
 @dataclass
 class StepStart:
     """Where the newest step began: what it takes to do that step again."""
     step: int
     random: tuple  # of `random_states`
-    is_whole: bool = True  # False from the moment the weights move until the step is written down
+    can_repeat: bool = True  # False from the moment the weights move until the step is written down
 
     def move_to(self, step: int, states: tuple) -> None:
         self.step = step
         self.random = states
-        self.is_whole = True
+        self.can_repeat = True
 
 
 @contextmanager
@@ -700,7 +750,7 @@ def resumable(folder: "Folder", model, optimizer, generator: torch.Generator, rn
         yield start
     except (KeyboardInterrupt, Exception) as stop:
         # The weights are those of the start as long as the optimiser has not moved.
-        can_repeat = start.is_whole and WORLD == 1
+        can_repeat = start.can_repeat and WORLD == 1
         if can_repeat:
             folder.save(model, optimizer, start.random, start.step)
         if not isinstance(stop, KeyboardInterrupt):
@@ -755,7 +805,7 @@ class Folder:
         """
         if not self.state_file.exists() and not self.config_file.exists():
             raise ValueError(f"--resume: no {self.state_file}; start without --resume")
-        config = model_.read_json(self.config_file)
+        config = read_json(self.config_file)
         if self.state_file.exists():
             self.state = self._read_state()
         for name, value in options.items():
@@ -798,7 +848,7 @@ class Folder:
             return 0
         state = self.state
         self.state = None  # its copy of the adapter and of AdamW's averages is not needed twice
-        model_.load_adapter_state(model, state["adapter"])
+        load_adapter_state(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         token_states, task_state = state["random"]
         generator.set_state(token_states[RANK])
@@ -813,11 +863,11 @@ class Folder:
             file.flush()  # a state must not be ahead of its logs
         state = {
             "step": step,
-            "adapter": model_.adapter_state(model),
+            "adapter": adapter_state(model),
             "optimizer": optimizer.state_dict(),
             "random": states,
         }
-        model_.write_whole(self.state_file, lambda path: torch.save(state, path))
+        write_whole(self.state_file, lambda path: torch.save(state, path))
 
     def open_logs(self, step: int) -> None:
         """Opens the logs to go on at a step. Lines of this step and later ones, which were written
@@ -838,7 +888,7 @@ class Folder:
 def earlier_lines(path: Path, step: int) -> list:
     """The lines of a log that are of steps before this one. ValueError: it is no log of ours."""
     try:
-        return [line for line in model_.read_lines(path) if json.loads(line)["step"] < step]
+        return [line for line in read_lines(path) if json.loads(line)["step"] < step]
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path}: not a log of this run; move it away") from None
 
@@ -863,7 +913,7 @@ def my_part(items: list) -> list:
 
 
 def gather(items: list) -> list:
-    """The lists of all processes as one, in every process: whole again after `share`."""
+    """The lists of all processes as one, in every process: whole again after `my_part`."""
     if WORLD == 1:
         return items
     parts = [None] * WORLD
@@ -977,8 +1027,8 @@ def family_of(model_name: str) -> str:
     """ValueError: no such checkpoint. tiny may not be built yet, and needs no look."""
     if model_name == "tiny":
         return "tiny"
-    file = model_.find(model_name) / "config.json"
-    return model_.Config(model_.read_json(file), file).family
+    file = find(model_name) / "config.json"
+    return Config(read_json(file), file).family
 
 
 def check_tasks(tasks: list, name: str, n_drawn: int, needs_labels: bool) -> None:
@@ -1041,16 +1091,16 @@ def run(args) -> None:
         raise
 
     from_first(lambda: data.ensure_base(args.model))  # minutes, so after all checks
-    model, tokenizer = model_.load(args.model)
+    model, tokenizer = load(args.model)
     model.recompute = recipe.recompute
     adapter_generator = torch.Generator().manual_seed(recipe.seed)
-    model_.add_lora(model, recipe.rank, recipe.alpha, generator=adapter_generator)
+    add_lora(model, recipe.rank, recipe.alpha, generator=adapter_generator)
     folder.begin(run_config(options, recipe, str(model.device)), args.resume)
 
     train(model, tokenizer, tasks, judge, folder, recipe)
 
     if RANK == 0:
-        model_.save_adapter(model, folder.path / "adapter", args.model)
+        save_adapter(model, folder.path / "adapter", args.model)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0 and not args.no_eval:

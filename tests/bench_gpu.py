@@ -270,7 +270,7 @@ def loop(prompt=1024, turns=3, turn=96, result=64):
             logged = json.loads(line)
             values = [logged[column] for column in columns]
             rows.append((name, *values, torch.cuda.max_memory_allocated() / 1e9))
-        model_.load = None  # where fixed_training left the weights
+        train.load = None  # where fixed_training left the weights
         loaded = None
         torch.cuda.empty_cache()
     table(f"two training steps (the first compiles), 10 trajectories: {turns} turns of {turn} on a "

@@ -767,10 +767,10 @@ def scaling(work):
 COMPARE = train.compare
 
 
-def judge_by_ids(judge, group, ledger=None):
+def judge_by_ids(judge, group, record_pair=None):
     """In train.compare's place: one side wins every pair. An untrained base ties everywhere, and
     no step would have a gradient."""
-    return COMPARE(lambda a, b: float(sum(a.ids) > sum(b.ids)), group, ledger)
+    return COMPARE(lambda a, b: float(sum(a.ids) > sum(b.ids)), group, record_pair)
 
 
 def training(path, out, *more):
@@ -791,8 +791,8 @@ def fixed_training(loaded, path, out, lengths, *more):
     takes."""
     _, tokenizer = loaded
     fix_lengths(tokenizer, *lengths)
-    model_.load = lambda name: loaded
-    model_.find = lambda name: path
+    train.load = lambda name: loaded
+    train.find = lambda name: path
     train.rollout = rollout_without_stop
     return training(path, out, *more)
 

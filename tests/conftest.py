@@ -22,8 +22,8 @@ def decided(monkeypatch):
             return 0.5
         return 1.0 if a.ids > b.ids else 0.0
 
-    def compare_by_ids(judge, group, ledger=None):
-        return compare(larger_ids_win, group, ledger)
+    def compare_by_ids(judge, group, record_pair=None):
+        return compare(larger_ids_win, group, record_pair)
 
     monkeypatch.setattr(train, "compare", compare_by_ids)
     # These pairs have no ids.

@@ -185,7 +185,7 @@ def test_unscored_is_no_tie():
     assert pf.pairs(P).tolist() == []
 
 
-def test_ledger_has_both_orders():
+def test_a_recorded_pair_has_both_orders():
     """A verdict that cannot be audited afterwards."""
     rows = []
     group = [rollout(refused=0), rollout(journal=[HARM]), rollout(refused=0)]
@@ -373,8 +373,8 @@ def test_clip(advantage, ratio, moves):
     loss, _, clipped = pf.grpo_loss(new, zero, zero, advantages, 1, clip_eps=0.2, kl_coef=0)
     assert bool(gradient(loss, new)[0].any()) == moves
     assert bool(clipped) != moves
-    held = min(max(ratio, .8), 1.2)
-    assert loss.item() == pytest.approx(-advantage * (ratio if moves else held))
+    clipped_ratio = min(max(ratio, .8), 1.2)
+    assert loss.item() == pytest.approx(-advantage * (ratio if moves else clipped_ratio))
 
 
 def test_kl():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,29 @@ def test_a_sampler_that_differs_stops_the_run(
     assert not (tmp_path / "metrics.jsonl").read_text("utf-8")
 
 
+def test_a_new_reward_term_is_logged_under_its_own_name(
+        base, tmp_path, monkeypatch, capsys, one_side_wins):
+    """By first letters alone a term "late" would pass for the length; or a term that is trained on
+    and nowhere logged."""
+    real = train.reward_terms
+
+    def with_one_more(*given):
+        terms = real(*given)
+        terms["late"] = -terms["align"] / 2
+        return terms
+    monkeypatch.setattr(train, "reward_terms", with_one_more)
+    run(base, tmp_path, "--steps", "1")
+    [row] = metrics(tmp_path)
+    assert list(row["shares"]) == ["align", "format", "length", "late"]
+    assert row["shares"]["late"] < 0
+    assert re.search(r"shares a \S+ f \S+ le \S+ la \S+ tied", capsys.readouterr().out)
+
+    assert train.shares_text({"align": 1, "format": 0.5, "length": -0.5}) == (
+        "a +1.00 f +0.50 l -0.50")
+    assert train.shares_text({"length": 0, "len": 1}) == "leng +0.00 len +1.00"
+    assert train.shares_text({}) == "-"
+
+
 def test_learning_rate_rises_in_five_steps_and_falls_to_a_tenth():
     """A warm-up that begins at 0 wastes a step; a decay to 0 wastes the last ones."""
     rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
@@ -312,7 +336,7 @@ def alone(model, tokenizer, tasks, sizes, **options):
         rollouts += rollout(model, tokenizer, [task], n, **options)
     return rollouts
 
-train.compare = lambda judge, group, ledger=None: compare(by_ids, group, ledger)
+train.compare = lambda judge, group, record_pair=None: compare(by_ids, group, record_pair)
 train.rollout = alone
 train.main()
 """

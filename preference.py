@@ -272,8 +272,8 @@ def reward_terms(group: list[Rollout], P: torch.Tensor, reward: str = "pairwise"
 
     P (n, n): the group's verdicts. reward: pairwise, or scalar (the ablation, which ignores P).
     length_budget: L0 of the length penalty. A term that is added here is part of R, and train.py
-    logs its share under this name: nothing else has to be changed. Keep "align": `advantages` looks
-    at it to see ties."""
+    logs its share under this name: nothing else has to be changed for GRPO (the direct loss knows
+    of pairs and p_len only). Keep "align": `advantages` looks at it to see ties."""
     align = alignment_rewards(P)
     if reward == "scalar":
         align = torch.tensor([scalar_reward(rollout) for rollout in group])
@@ -677,8 +677,8 @@ def digest(value) -> str:
 # None where there is no verdict. To add a judge: write such a class, and add its line to
 # `open_judge`. `Judge` does the rest: what is known, the ledger, the counting. It never asks again
 # what a ledger holds, so a judge that you go on changing wants a new --out, or a new name. A judge
-# that talks to something unreliable may also have `failures`, a Counter of what went wrong; it
-# stands in the error then.
+# that fails its canaries is stopped (train.canaries): a coin would be. One that talks to something
+# unreliable may also have `failures`, a Counter of what went wrong; it stands in the error then.
 
 
 @dataclass

@@ -162,8 +162,8 @@ class Linear(nn.Linear):
         if self.scale == 0:
             return fast_linear(x, self.weight, self.bias)  # F.linear, only faster
         # The adapter's product comes first. When a block is recomputed for the backward pass, torch
-        # stops once it has every tensor that pass needs; the frozen base's product is not needed,
-        # so last it is never recomputed.
+        # stops once it has every tensor that pass needs; the frozen base's product is not needed:
+        # computed last, it is never recomputed.
         low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r), in fp32 as A and B
         change = F.linear(low_rank, self.lora_B)  # (..., out)
         base = fast_linear(x, self.weight, self.bias)
@@ -998,6 +998,7 @@ class Tokenizer:
         """{text: id} without the added tokens, so that no text can give one. (tokenizers' own
         encode_special_tokens misses those not flagged special, such as Qwen's <tool_call>.)"""
         vocabulary = {}
+        # Taken out of raw: `plain_encoder` passes on what is left of it.
         for text, i in raw["model"].pop("vocab").items():
             if text not in self.added:
                 vocabulary[text] = i
@@ -1038,7 +1039,8 @@ class Tokenizer:
 
     def writable(self, text: str) -> str:
         """The text as this vocabulary can write it: "?" in the place of each character that it has
-        no bytes for, and of a lone surrogate, which JSON can smuggle in. As long as the text."""
+        no bytes for, and of a lone surrogate, which JSON can smuggle in. It has as many characters
+        as the text."""
         # BPE would drop such a byte without a word: its character would vanish, the rest of it be
         # no UTF-8, and whoever counts bytes along the tokens (Dialogue does, to know where each
         # token comes from) would be off from there on. So it is replaced before, whole: what goes
@@ -1134,8 +1136,8 @@ def fast_linear(x, weight, bias=None):
     rows = x.numel() // width
     if rows == 1 and torch.compiler.is_compiling():
         return compiled_row(x, weight, bias)
-    # 512 and 256 were measured (`python tests/bench_speed.py product`): below both, F.linear is the
-    # faster.
+    # Below both sizes the other routes gained nothing, and from 128 rows on the convolution is the
+    # faster of them (`python tests/bench_speed.py product`).
     too_small = width < 512 and rows < 256
     if too_small or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -1145,8 +1147,9 @@ def fast_linear(x, weight, bias=None):
 
 
 def compiled_row(x, weight, bias):
-    """One row inside of what `compiled` compiles: written so that a kernel is made for it. On a
-    CPU F.linear would be oneDNN's, on a card, with the bias inside, cuBLAS's; both are slower."""
+    """One row inside of what `compiled` compiles, written so that a kernel is made for it. On a CPU
+    that is a plain sum instead of F.linear (which would be oneDNN's); on a card F.linear without
+    its bias (with it, cuBLAS would be called). Both are faster so."""
     if x.is_cuda:
         y = F.linear(x, weight)
     else:

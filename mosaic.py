@@ -15,7 +15,8 @@ Paper -> code
 Deviations
 1. [ours] The words of SYSTEM and the exact bytes of a turn: the paper names the tags, not their
    layout.
-2. A later user message keeps earlier thinking. Qwen3's own template drops it, and with it every
+2. When a later user message arrives, earlier thinking stays in the dialogue. Qwen3's own template
+   drops it, and with it every
    cached prefix.
 3. Phi-4's template drops tools and their results. ChatML's (SmolLM2's) drops tools, too, and writes
    a result as a turn of a role "tool". `render` does as they do; `Dialogue` writes the schemas
@@ -104,7 +105,7 @@ class WaitingGroup:
     """A task that waits for free rows: all trajectories of its group begin together."""
     task: Task
     prompt: "Dialogue"
-    names_root: int  # grammar state from which this task's tools are read, see Grammar.names
+    names_root: int  # grammar state in which the name of one of its tools comes next
     size: int
     first_index: int  # index, among all trajectories, of the group's first
 
@@ -148,6 +149,8 @@ class Sampler:
         # No more than there are trajectories, no fewer than the largest group needs.
         self.max_rows = max(1, min(rows, sum(sizes)), *sizes)
         self.cache = Cache(model.config, self.max_rows, context, model.device, model.dtype)
+        # model.hidden and model.head for one token a row, made faster; chunks go through
+        # model.hidden.
         self.decode = Decoder(model, self.cache)
         # The last hidden state of each row, which its next token is sampled from. (rows, C)
         self.last = torch.zeros(self.max_rows, model.config.hidden_size, device=model.device,
@@ -179,7 +182,7 @@ class Sampler:
         """Plays all episodes -> their Rollouts, task after task."""
         while self.waiting or self.rows:
             self.admit()
-            ready = [row for row in self.rows if not row.pending]  # the cache has seen all of them
+            ready = [row for row in self.rows if not row.pending]  # all is in the cache
             if ready:
                 self.sample(ready)
                 self.finish_turns(ready)
@@ -486,8 +489,8 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     gradient exactly 0.
     """
     grammar = get_grammar(tokenizer, model.device)
-    # A group shares its prompt, which is computed once. (Padding each rollout to a row of its own,
-    # with layout=None, gives the same numbers.)
+    # # A group shares its prompt, which is computed once: layout says which tokens see which.
+    # (Padding each rollout to a row of its own, with layout=None, gives the same numbers.)
     ids, provenance, layout = share_prompts(model, rollouts)  # (B, T), (B, T)
 
     states = []
@@ -591,7 +594,9 @@ class Dialogue:
         for text, _, code in parts:
             if self.template["nfc"]:
                 text = unicodedata.normalize("NFC", text)
-            text = self.tokenizer.writable(text)  # else the bytes counted here are not its tokens'
+            # What has no token becomes "?" first: else the bytes counted here and those of the
+            # tokens would differ.
+            text = self.tokenizer.writable(text)
             texts.append(text)
             source_of_byte += [code] * len(text.encode())
 
@@ -773,7 +778,7 @@ def check_stop(tokenizer):
     stop = FAMILIES[tokenizer.family]["stop"]
     # added: {control token: id}; stop_ids: the ids that end a turn (model.Tokenizer).
     stop_id = tokenizer.added.get(stop)
-    if stop_id is not None and stop_id not in tokenizer.stop_ids:  # None: Dialogue says it better
+    if stop_id is not None and stop_id not in tokenizer.stop_ids:  # None: Dialogue will say so
         raise ValueError(f"eos_token_id has no {stop}, which ends a turn: add its id to "
                          "generation_config.json")
 
@@ -1191,7 +1196,8 @@ def fewest_tokens_to_end(table, n_refusal_name: int) -> np.ndarray:
     """table (S + 1, V) -> (S + 1,): fewest tokens from each state to FINAL. A call can always be a
     refusal, whose name takes n_refusal_name tokens."""
     n_states = len(table) - 1
-    # One row a state: is there any token that leads to this other state? (S + 1, S)
+    # One row a state: does any token lead to this other state? (S + 1, S). + 1 makes DEAD bin 0,
+    # which [1:] drops.
     leads = np.stack([np.bincount(row + 1, minlength=n_states + 1)[1:] > 0 for row in table])
     to_end = np.full(n_states + 1, NEVER)
     to_end[FINAL] = 0

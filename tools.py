@@ -262,8 +262,9 @@ class Sandbox:
     def risky(self):
         """Is the *next* step risky, by the task and by what the agent has seen [ours]?
 
-        None where the task has no label to tell by. Ask before the step is
-        played: a refused call leaves nothing in the journal to tell it from."""
+        None where the task has no label to tell by. Ask before the step is played: afterwards the
+        sandbox has moved on, and refusal_tool leaves no entry in the journal from which to tell how
+        the step looked."""
         task = self.task
         if task.label is None:
             return None
@@ -275,8 +276,8 @@ class Sandbox:
         open_goals = self._open_goals()
         if not open_goals:  # all is done: an answer is next
             return False
-        # Otherwise the risk lies in what the oracle would do next: something final, or sending from
-        # a record with secrets.
+        # Otherwise the risk lies in what an agent that does all right would do next (task.goal):
+        # something final, or sending from a record with secrets.
         tool = self.tools[task.goal[open_goals[0]]["name"]]
         sends = any(key in RECIPIENT_KEYS for key in tool.parameters.get("properties", {}))
         return tool.effect == "irreversible" or (sends and bool(task.secrets))
@@ -408,7 +409,7 @@ def parse_turn(text: str | bytes, think_given: bool = False, parallel: bool = Fa
         turn.calls.append(reader.read_call())
         while parallel and not reader.at_end():  # a benchmark's category asks for several calls
             turn.calls.append(reader.read_call(before="\n?"))
-    reader.take(r"\Z", "the end after one action")  # not $: it takes a last line break
+    reader.take(r"\Z", "the end after one action")  # $ would also match before a last line break
     return turn
 
 

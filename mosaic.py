@@ -1233,18 +1233,21 @@ def gate_option(text: str) -> str | float:
     """The value of --gate: learned, always, never, or a bias on the logit of opening a check."""
     if text in ("learned", "always", "never"):
         return text
-    bias = float(text)
+    try:
+        bias = float(text)
+    except ValueError:
+        bias = math.nan
     if not abs(bias) <= 1e4:  # 1e4 is "always"; beyond fp32 it would make NaN of every other logit
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError("expected learned, always, never, or a number up to "
+                                         f"10,000, got {text!r}")
     return bias
 
 
 def count_option(text: str) -> int:
     """The value of an option that counts something: a whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def run_folder(model_name: str) -> Path:

@@ -491,8 +491,10 @@ def main():
     parser = mosaic.Parser(description="Build the tiny base.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=DEFAULT_FOLDER)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the warm start")
-    parser.add_argument("--tasks", type=int, default=N_TASKS, help="fresh training rows")
+    parser.add_argument("--steps", type=mosaic.count_option, default=STEPS,
+                        help="of the warm start")
+    parser.add_argument("--tasks", type=mosaic.count_option, default=N_TASKS,
+                        help="fresh training rows")
     args = parser.parse_args()
     build(args.seed, args.out, args.steps, args.tasks)
 

@@ -409,3 +409,15 @@ def test_what_is_not_given_is_the_recipe_of_the_family():
     options = vars(train.arguments(["--lr", "1", "--seed", "3"]))
     recipe = train.recipe_for("tiny", options)
     assert recipe == train.replace(train.RECIPE["tiny"], lr=1.0, seed=3)
+
+
+def test_a_recipe_without_steps_writes_nothing(tmp_path, monkeypatch, capsys):
+    """`data/tiny.py --steps -1` put an untrained model in the place of the base, and said so with
+    exit status 0."""
+    out = tmp_path / "base"
+    monkeypatch.setattr("sys.argv", ["tiny.py", "--steps", "-1", "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        tiny.main()
+    assert stop.value.code == 2
+    assert "--steps: expected a whole number from 1, got '-1'" in capsys.readouterr().err
+    assert not out.exists()

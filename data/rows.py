@@ -46,7 +46,7 @@ def remove(world: dict, table: str, arguments: dict) -> dict:
 
 def search(world: dict, table: str, arguments: dict) -> dict:
     """Every record that has all the arguments, compared as text without case."""
-    records = world.setdefault(table, {})
+    records = world.get(table, {})  # not setdefault: a search leaves no trace
     return {"found": [record for record in records.values() if has_all(record, arguments)]}
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from data import rows
 from data.rows import task_from_row, tool_from_row
 from tools import Sandbox, Task, Tool, leaks, matches, refusal_tool, schema_error
 
@@ -454,3 +455,12 @@ def test_load_says_what_there_is(tmp_path):
     for name in ("nope", tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(ValueError, match="expected one of train, harm"):
             data.load(name)
+
+
+def test_a_search_of_no_table_leaves_none_behind():
+    """A search made an empty table of records, and a message could not be appended to it any
+    more."""
+    world = {}
+    assert rows.search(world, "outbox", {"to": "Ann"}) == {"found": []}
+    assert rows.append(world, "outbox", {"to": "Ann"}) == {"ok": True}
+    assert world == {"outbox": [{"to": "Ann"}]}

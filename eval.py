@@ -256,9 +256,9 @@ def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     standard deviations hold 95 % of a normal distribution."""
     # The usual k / n +- 1.96 standard errors has no width at 0 / n, and so would call 0 of 10 as
     # sure as 0 of 1000. This one asks which true rates could have given k.
-    shrunk = n + z * z
-    centre = (k + z * z / 2) / shrunk
-    half = z / shrunk * math.sqrt(k * (n - k) / n + z * z / 4)
+    widened = n + z * z  # as if z * z more had been tried, half of them successes
+    centre = (k + z * z / 2) / widened
+    half = z / widened * math.sqrt(k * (n - k) / n + z * z / 4)
     return max(0.0, centre - half), min(1.0, centre + half)  # rounding may leave [0, 1] by 1e-17
 
 
@@ -350,7 +350,8 @@ def controls(suites: dict[str, list[Task]]) -> dict[str, list[dict]]:
                     "n": measured["n"],
                 }
                 table[suite].append(row)
-                # None is not right either: a control that tested nothing vouches for nothing.
+                # A value of None (nothing was measured) fails as well, unless no verdict is asked
+                # for: a control that tested nothing vouches for nothing.
                 is_valid = right is None or row["value"] == right
                 print(control_line(suite, row, is_valid))
                 if not is_valid:

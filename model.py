@@ -161,9 +161,10 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.scale == 0:
             return fast_linear(x, self.weight, self.bias)  # F.linear, only faster
-        # The adapter's product comes first. When a block is recomputed for the backward pass, torch
-        # stops once it has every tensor that pass needs; the frozen base's product is not needed:
-        # computed last, it is never recomputed.
+        # The adapter's product comes first, for the sake of the last Linear of what is recomputed
+        # (down_proj). Torch stops recomputing once it has every tensor that the backward pass
+        # needs, and the base's product is none of them there: computed last, it is never made
+        # again.
         low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r), in fp32 as A and B
         change = F.linear(low_rank, self.lora_B)  # (..., out)
         base = fast_linear(x, self.weight, self.bias)
@@ -310,7 +311,8 @@ class MLP(nn.Module):
             gate = self.gate_proj(x)  # (B, T, inner)
             up = self.up_proj(x)  # (B, T, inner)
         # On a frozen base the backward pass needs only gate and up, if their product is made
-        # again, which is cheap: a third less memory a block (a 0.5B's step: 6.4 -> 4.9 GB).
+        # again, which is cheap: a third less memory a block (a 0.5B's step: 6.4 -> 4.9 GB). Models
+        # whose weights all train are small here (data/tiny.py): it would only cost them time.
         base_is_frozen = not self.down_proj.weight.requires_grad
         if gate.requires_grad and base_is_frozen:
             return recomputed(self.down, gate, up)
@@ -669,7 +671,7 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
     if chunk is None:
         # 2^24 numbers are 64 MB. Not less: glibc keeps freed blocks below 32 MB for itself, and
         # with chunks of that size a process was seen to grow to 14 GB.
-        V = model.head(hidden[:0]).shape[-1]
+        V = model.head(hidden[:0]).shape[-1]  # of no row: just its width
         chunk = min(1024, 2 ** 24 // V)
     chunks = zip(hidden.split(chunk), targets.split(chunk), index.split(chunk))
     # The logits of a chunk are made again in the backward pass: kept, those of all chunks would be
@@ -1287,7 +1289,9 @@ class Decoder:
             self.graphs[size] = self.record(rows)
         graph, output = self.graphs[size]
         graph.replay()
-        cache.bound = read_to  # as `begin` leaves it, which a replay does not call
+        # As `begin` leaves it, which a replay does not call. It may be too high by up to 511: the
+        # sampler, which knows better, lowers it before each call.
+        cache.bound = read_to
         return output[:n]
 
     def record(self, rows: int):

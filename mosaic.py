@@ -16,8 +16,7 @@ Deviations
 1. [ours] The words of SYSTEM and the exact bytes of a turn: the paper names the tags, not their
    layout.
 2. When a later user message arrives, earlier thinking stays in the dialogue. Qwen3's own template
-   drops it, and with it every
-   cached prefix.
+   drops it, and with it every cached prefix.
 3. Phi-4's template drops tools and their results. ChatML's (SmolLM2's) drops tools, too, and writes
    a result as a turn of a role "tool". `render` does as they do; `Dialogue` writes the schemas
    into the system turn and the results into a user turn, in Qwen's words.
@@ -66,8 +65,9 @@ FAMILIES = _FAMILY_FILE["families"]
 #   results     four texts: before the first tool result, around each (two), after the last
 #   controls    added tokens that a dialogue needs        system    do dialogues begin with SYSTEM?
 #   tools       "schemas" or "lines", see TOOL_TEXT       native    does it know tools at all?
-#   thinking    it moves reasoning into <think>           raw       string arguments stay as is
-#   nfc         its tokenizer normalises                  strip     white space that controls eat
+#   thinking    shows reasoning as a <think> block        nfc       does its tokenizer normalise?
+#   raw         are a recorded call's arguments, if they are text, kept as they are?
+#   strip       white space that its control tokens swallow on both sides
 #   drops       if not native: roles whose turns its own template drops
 
 # {"schemas" | "lines": (what stands before the tools in the system turn, what stands behind them)}
@@ -351,7 +351,8 @@ class Sampler:
                 row.pending = []
 
     def _tell_cache_its_length(self):
-        # The host knows how much each row holds; asking the device would be a wait.
+        # bound: no row holds more than this, so attention reads no further. The host knows it;
+        # asking the device would be a wait.
         held = [len(row.dialogue.ids) - len(row.pending) for row in self.rows]
         self.cache.bound = max(held)
 
@@ -457,11 +458,11 @@ def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned"
     """Logits (B, V) fp32 -> the logits that are sampled from, and that training recomputes.
 
     A token gets -inf unless it is *live*: after it the turn can still be completed within its
-    budget (strict), or the form of a turn could hold it at all (free). states and remaining, (B,)
-    each: the grammar's state and the tokens left in the turn. gate_mode acts at the gate only, on
-    the token that opens a check: "learned" leaves the model its choice, "always" opens (if the
-    budget allows a check), "never" does not, and a number is added to the logit. strict=False is
-    free mode, where the states only say where the gate is.
+    budget (strict), or, in free mode, unless it is a padding row or a control token that is no part
+    of a turn. states and remaining, (B,) each: the grammar's state and the tokens left in the turn.
+    gate_mode acts at the gate only, on the token that opens a check: "learned" leaves the model its
+    choice, "always" opens (if the budget allows a check), "never" does not, and a number is added
+    to the logit. strict=False is free mode, where the states only say where the gate is.
     """
     live = grammar.mask(states, remaining) if strict else grammar.free_mask
     # A copy: the sampler constrains the same logits twice.
@@ -488,8 +489,9 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     the sampling. Template, tool and forced tokens are not among the N: their loss is 0 and their
     gradient exactly 0.
     """
+    # Not `parallel`: tasks of several calls a turn are played in evaluation only.
     grammar = get_grammar(tokenizer, model.device)
-    # # A group shares its prompt, which is computed once: layout says which tokens see which.
+    # A group shares its prompt, which is computed once: layout says which tokens see which.
     # (Padding each rollout to a row of its own, with layout=None, gives the same numbers.)
     ids, provenance, layout = share_prompts(model, rollouts)  # (B, T), (B, T)
 
@@ -512,10 +514,10 @@ class Dialogue:
     """Append-only ids of one conversation. `provenance`, as long, says where each comes from.
 
     Control ids come from TEMPLATE text or from the agent only: users, files and tools go through
-    `Tokenizer.encode`, which cannot give one. The prompt's ids are the real tokenizer's ids of
-    `render` with SYSTEM in front, with two exceptions: other people's text that spells a control
-    token stays text, and Phi-4's tools (deviation 3). system: a judge's own system text, trusted
-    like ours. ValueError: a control token of the family is missing.
+    `Tokenizer.encode`, which cannot give one. The prompt's ids equal what the family's own
+    tokenizer makes of SYSTEM and `render`'s text. Two exceptions: a control token spelled in other
+    people's text stays text, and Phi-4's tools are shown (deviation 3). system: a judge's own
+    system text, trusted like ours. ValueError: a control token of the family is missing.
     """
 
     def __init__(self, tokenizer, messages: list, tools: list | None, system: str | None = None):
@@ -845,6 +847,8 @@ JSON = 3    # the name of a call has been read: a space and its arguments come
 START = 4   # a turn begins
 CALL = 5    # the name of a call comes; here the trie of the offered names takes over
 FINAL = 6   # the turn is over
+# The symbols are those of RULES below. plan, check, answer, call, called, start and final have no
+# rule: there a tag, or a name, follows (`tag_runs`). JSON has two "}": the arguments', the call's.
 NAMED_STATES = {
     PLAN: ("first", "plan"),
     CHECK: ("first", "check"),
@@ -1111,8 +1115,8 @@ class Grammar:
 
 
 def get_grammar(tokenizer, device, parallel: bool = False) -> Grammar:
-    """The one Grammar of a tokenizer on a device. States and roots mean nothing to another one, and
-    training rebuilds its masks from recorded states."""
+    """The one Grammar of a tokenizer, a device and `parallel`. States and roots mean nothing to
+    another one, and training rebuilds its masks from recorded states."""
     return compiled_grammar(tokenizer, str(device), parallel)
 
 
@@ -1202,9 +1206,11 @@ def fewest_tokens_to_end(table, n_refusal_name: int) -> np.ndarray:
     to_end = np.full(n_states + 1, NEVER)
     to_end[FINAL] = 0
     for _ in range(n_states):  # each round finds ways that are one token longer (Bellman-Ford)
+        # 1 + (NEVER - 1) is NEVER again.
         through_next = 1 + np.where(leads, to_end[:-1], NEVER - 1).min(1)
         to_end = np.minimum(to_end, through_next)
         to_end[CALL] = to_end[JSON] + n_refusal_name
+    # Half of it, since a never may have been added to.
     assert (to_end[:-1] < NEVER // 2).all(), "a state without a way to the end"
     return to_end
 

@@ -48,9 +48,9 @@ SPLITS = ("train", "combinations", "domains", "wordings")
 RECIPIENT_KEYS = ("to", "recipient", "recipients")  # parameters that make a tool a sender
 TAGS = ("think", "safety_thoughts", "tool_call", "answer", "tool_response")
 
-# Provenance: where a token of a trajectory comes from. All masks derive from it. The numbers
-# matter: a token of mixed text takes the largest, that is the least trusted, of the first three;
-# from SAMPLED on it is the agent's.
+# Provenance: where a token of a trajectory comes from. All masks derive from it. The order matters
+# twice. TEMPLATE < USER < TOOL is falling trust: a token that covers text of several sources takes
+# the largest. And a code >= SAMPLED means that the agent wrote the token.
 TEMPLATE = 0  # the chat template, or any other text of ours: it alone may hold control tokens
 USER = 1      # a user, or a file's text
 TOOL = 2      # a tool's result
@@ -519,7 +519,7 @@ class Episode:
         self.sandbox = Sandbox(task)
         self.turns = []  # [Turn, or None if it did not parse]
         self.gates = []  # [Gate], one a turn
-        self.messages = list(task.messages)  # what a judge reads, and a script
+        self.messages = list(task.messages)  # what a judge reads, and the script of `play`
         self.user_message = None  # the one that follows this turn, if any
         self.turns_before_message = 0  # max_turns counts from the last user message
         self.ended = None  # answer | refusal | budget | malformed

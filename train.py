@@ -33,8 +33,9 @@ Deviations and choices, all [ours]
                                                # differentiates its share of the tasks
 
 Of several processes the first one judges, logs and writes; all take the same step. If one dies, all
-end. `train` needs to know no more of it than two names: RANK is this process's number from 0, and
-`from_first` hands what the first process computed to all. Next file: model.py.
+end. Above the line four names speak of it: `my_part` (this process's share of a list), `gather`
+(the shares, whole again), `add_up` (sums gradients and logs) and `from_first` (what the first
+process computed, handed to all). Next file: model.py.
 """
 import json
 import math
@@ -488,8 +489,9 @@ def largest_fitting(group: list, budget: int) -> int:
 def micro_batches(units: list, budget: int) -> list:
     """Units in batches of at most `budget` padded tokens, if each unit is a row.
 
-    (Neighbours with one prompt are later put into one longer row, see mosaic.share_prompts; then it
-    may be more.) Sorted by length; the order changes nothing in the gradient.
+    (Units side by side that have the same prompt are later joined into one longer row, see
+    mosaic.share_prompts. The other rows are then padded to that length, so a batch may exceed the
+    budget.) Sorted by length; the order changes nothing in the gradient.
     """
     batches = []
     # By length, so that little is padded; each unit then sets the width of the batch it joins.
@@ -534,8 +536,9 @@ def trained_parameters(model: Transformer) -> list:
 def log_line(row: dict) -> str:
     """One step in one line. Its words, in their order ("-": there is nothing to say it of):
 
-    loss    GRPO: near 0 is expected, since at ratio 1 the advantages of a group sum to 0. It is no
-            curve to watch. The direct loss starts at .69 and falls.
+    loss    GRPO: near 0 is expected. At ratio 1 it is minus the mean advantage of a token: a group's
+            advantages sum to 0, but a longer trajectory counts with more tokens. It is no curve to
+            watch. The direct loss starts at .69 and falls.
     |g|     Norm of the gradient before it is clipped at 1; 0: no group carried any, no update.
     kl      KL to the base over the groups that give a gradient, per sampled token of the step;
             0 with the direct loss.
@@ -982,7 +985,7 @@ def argument_parser() -> Parser:
            help="rule | model | endpoint | human | a verdicts.jsonl, to replay it")
     add_judge_flags(p)
     option("--pairs", choices=("all", "sorted"), default=Recipe.pairs,
-           help="sorted: skip what follows")
+           help="sorted: do not ask what follows from verdicts already given")
     option("--reward", choices=("pairwise", "scalar"), default=Recipe.reward)
     option("--objective", choices=("grpo", "dpo"), default=Recipe.objective)
     option("--gate", type=gate_option, default=Recipe.gate,

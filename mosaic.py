@@ -462,7 +462,12 @@ def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned"
     of a turn. states and remaining, (B,) each: the grammar's state and the tokens left in the turn.
     gate_mode acts at the gate only, on the token that opens a check: "learned" leaves the model its
     choice, "always" opens (if the budget allows a check), "never" does not, and a number is added
-    to the logit. strict=False is free mode, where the states only say where the gate is.
+    to the logit. strict=False is free
+    mode, where the states only say where the gate is.
+
+    The gate is one place, whatever the tokenizer: gate_state comes right before the token at which
+    the spelling of <safety_thoughts> parts from those of the other actions, and that token is
+    safety_token. In free mode another split of the same text is not counted as the gate.
     """
     live = grammar.mask(states, remaining) if strict else grammar.free_mask
     # A copy: the sampler constrains the same logits twice.

@@ -195,7 +195,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
             # 5. Logprobs, loss and gradient, checked and clipped.
             log = gradient(model, tokenizer, groups, advs, verdicts.preferences, recipe, step)
 
-            # 6. One step of the optimiser. A stop after this line cannot repeat the step.
+            # 6. One optimiser step. A stop from here to the next step goes back to the last save.
             start.can_repeat = False
             take_step(optimizer, learning_rate(step, recipe.steps, recipe.lr))
             states = random_states(generator, rng)
@@ -536,8 +536,8 @@ def trained_parameters(model: Transformer) -> list:
 def log_line(row: dict) -> str:
     """One step in one line. Its words, in their order ("-": there is nothing to say it of):
 
-    loss    GRPO: near 0 is expected. At ratio 1 it is minus the mean advantage of a token: a group's
-            advantages sum to 0, but a longer trajectory counts with more tokens. It is no curve to
+    loss    GRPO: near 0 is expected. At ratio 1 it is minus the mean advantage of a token: those
+            of a group sum to 0, but a longer trajectory counts with more tokens. It is no curve to
             watch. The direct loss starts at .69 and falls.
     |g|     Norm of the gradient before it is clipped at 1; 0: no group carried any, no update.
     kl      KL to the base over the groups that give a gradient, per sampled token of the step;

@@ -336,7 +336,7 @@ class Sampler:
 
     def feed_single_tokens(self):
         """One pending id a row, for all rows in place: a slice of the cache needs no copy. A row
-        that still waits with a chunk feeds a dummy of length 0."""
+        that waits with a chunk, or was just fed one, feeds a dummy of length 0."""
         self._tell_cache_its_length()
         feeding = [len(row.pending) == 1 for row in self.rows]
         tokens = [row.pending if feeds else [0] for row, feeds in zip(self.rows, feeding)]  # 0: any
@@ -462,8 +462,7 @@ def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned"
     of a turn. states and remaining, (B,) each: the grammar's state and the tokens left in the turn.
     gate_mode acts at the gate only, on the token that opens a check: "learned" leaves the model its
     choice, "always" opens (if the budget allows a check), "never" does not, and a number is added
-    to the logit. strict=False is free
-    mode, where the states only say where the gate is.
+    to the logit. strict=False is free mode, where the states only say where the gate is.
 
     The gate is one place, whatever the tokenizer: gate_state comes right before the token at which
     the spelling of <safety_thoughts> parts from those of the other actions, and that token is

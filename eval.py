@@ -811,7 +811,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="eval.py", description="Controls, then base beside adapter.", allow_abbrev=False)
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="all")
-    add("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
+    add("--model", default="tiny", help=f"{' | '.join(model_.CHECKPOINTS)} | DIR")
     add("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
     add("--data", metavar="FILE",
         help="a .jsonl file of your own instead of the embedded suites")
@@ -968,7 +968,7 @@ def main(argv: list[str] | None = None) -> int:
             adapter = find_adapter(args.model, args.adapter)
         check_output("--json", args.json)
         check_output("--report", args.report)
-        if args.model != "tiny" and not args.endpoint:  # tiny is built where it is not there yet
+        if args.model not in data.BASES and not args.endpoint:  # ours are built where they are not
             model_.find(args.model)
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
 

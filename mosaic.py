@@ -50,12 +50,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from model import Cache, Decoder, SharedPrompt, load, load_adapter, token_logprobs
+from model import CHECKPOINTS, Cache, Decoder, SharedPrompt, load, load_adapter, token_logprobs
 from tools import FORCED, SAMPLED, TAGS, TEMPLATE, TOOL, USER, Episode, Rollout, Task, Tool
 from tools import FormatError, Turn, parse_turn, play  # noqa: F401: also found under mosaic's name
 from tools import refusal_tool
 
-SYSTEM_VERSION, SYSTEM = data.prompt("agent")  # data/prompts/agent.txt teaches the form of a turn
+# {name: (version, text)} of the texts that dialogues begin with: they teach the form of a turn. A
+# family's field "system" names its own. "agent_compact" says in 65 words what "agent" says in 207.
+SYSTEMS = {name: data.prompt(name) for name in ("agent", "agent_compact")}
+SYSTEM_VERSION, SYSTEM = SYSTEMS["agent"]
 
 _FAMILY_FILE = json.loads((data.HERE / "families.json").read_text("utf-8"))
 FAMILIES = _FAMILY_FILE["families"]
@@ -63,7 +66,7 @@ FAMILIES = _FAMILY_FILE["families"]
 #   head, tail  around a turn; {} in head is the role     stop      the token that ends a turn
 #   prompt      opens the agent's turn                    default   system text when none is given
 #   results     four texts: before the first tool result, around each (two), after the last
-#   controls    added tokens that a dialogue needs        system    do dialogues begin with SYSTEM?
+#   controls    added tokens that a dialogue needs        system    which of SYSTEMS they begin with
 #   tools       "schemas" or "lines", see TOOL_TEXT       native    does it know tools at all?
 #   thinking    shows reasoning as a <think> block        nfc       does its tokenizer normalise?
 #   raw         are a recorded call's arguments, if they are text, kept as they are?
@@ -83,7 +86,10 @@ TOOL_TEXT = {
 #   positions    size of the KV cache, rows times length: as many rows are sampled at once as fit (a
 #                whole group at least). 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B and
 #                26.8 GB for Phi-4
-LIMITS = {"tiny": {"max_turns": 6, "turn_tokens": 96, "room": 560, "positions": 81_920}}
+LIMITS = {
+    "tiny": {"max_turns": 6, "turn_tokens": 96, "room": 560, "positions": 81_920},
+    "compact": {"max_turns": 6, "turn_tokens": 192, "room": 1120, "positions": 81_920},
+}
 REAL_LIMITS = {"max_turns": 10, "turn_tokens": 768, "room": 7168, "positions": 131_072}
 
 
@@ -536,7 +542,7 @@ class Dialogue:
         # Qwen3-Thinking's prompt already holds the first line of the agent's turn.
         self.think_given = self.template["prompt"].endswith("<think>\n")
         if system is None and self.template["system"]:
-            system = SYSTEM
+            _, system = SYSTEMS[self.template["system"]]
         pieces = [*prompt_pieces(messages, tools, self.template, system)]
         pieces.append((self.template["prompt"], TEMPLATE))
         self.extend(*self._encode(pieces))
@@ -1288,7 +1294,7 @@ def main():
     parser = Parser(description="One task, the transcript as it happens.", allow_abbrev=False)
     parser.add_argument("task", help="what a user asks, or the id of an embedded task")
     parser.add_argument("--model", default="tiny",
-                        help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
+                        help=f"{' | '.join(CHECKPOINTS)} | DIR")
     parser.add_argument("--adapter", metavar="DIR",
                         help="default: runs/<model>/adapter if it is there")
     parser.add_argument("--tools", metavar="FILE.json",

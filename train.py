@@ -59,6 +59,7 @@ import data
 import eval as evaluation
 from data.controls import CANARIES
 from model import (
+    CHECKPOINTS,
     Config,
     Tokenizer,
     Transformer,
@@ -73,7 +74,7 @@ from model import (
     write_whole,
 )
 from mosaic import (
-    SYSTEM_VERSION,
+    SYSTEMS,
     Parser,
     gate_option,
     rollout,
@@ -138,6 +139,10 @@ class Recipe:
 RECIPE = {
     "tiny": Recipe(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60,
                    micro_tokens=4096, recompute=False),
+    # SmolLM2-135M after its warm start: minutes a step on two cores, so few tasks, but in groups of
+    # eight: its base opens a check in few risky steps, and of four trajectories all would tie.
+    "compact": Recipe(lr=5e-4, length_budget=170, tasks=5, group_size=8, steps=40,
+                      micro_tokens=4096, recompute=False),
     "qwen2.5": Recipe(),
     "qwen3": Recipe(lr=3e-5),  # the smallest of the three
     "phi-4": Recipe(lr=1e-5),  # the largest
@@ -978,7 +983,7 @@ def argument_parser() -> Parser:
     """An option without a default takes the recipe's."""
     p = Parser(prog="train.py", description="Train an agent with MOSAIC.", allow_abbrev=False)
     option = p.add_argument
-    option("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
+    option("--model", default="tiny", help=f"{' | '.join(CHECKPOINTS)} | DIR")
     option("--data", default="train",
            help="an embedded suite, a .jsonl file or Agent-SafetyBench's folder")
     option("--judge", default="rule",
@@ -992,7 +997,7 @@ def argument_parser() -> Parser:
            help="learned | always | never | a bias on its logit")
     option("--steps", type=int)
     option("--tasks", type=int, help="tasks a step")
-    option("--group-size", type=int, default=Recipe.group_size, help="n trajectories a task [1]")
+    option("--group-size", type=int, help="n trajectories a task [1]")
     option("--lr", type=float)
     option("--kl-coef", type=float)
     option("--length-budget", type=int,
@@ -1027,9 +1032,9 @@ def recipe_for(family: str, options: dict) -> Recipe:
 
 
 def family_of(model_name: str) -> str:
-    """ValueError: no such checkpoint. tiny may not be built yet, and needs no look."""
-    if model_name == "tiny":
-        return "tiny"
+    """ValueError: no such checkpoint. A base of ours may not be built yet."""
+    if model_name in data.BASES and not data.is_built(model_name):
+        return data.BASES[model_name].family
     file = find(model_name) / "config.json"
     return Config(read_json(file), file).family
 
@@ -1055,7 +1060,8 @@ def run_config(options: dict, recipe: Recipe, device: str | None) -> dict:
     config["torch"] = torch.__version__
     config["device"] = device
     config["threads"] = torch.get_num_threads()
-    config["system"] = SYSTEM_VERSION  # of the agent's system prompt
+    # versions of the texts that dialogues begin with
+    config["system"] = {name: version for name, (version, _) in SYSTEMS.items()}
     return config
 
 
@@ -1074,10 +1080,11 @@ def run(args) -> None:
     start_processes()
     options = vars(args)
     folder = Folder(args.out or run_folder(args.model))
-    if args.resume:
-        folder.open_state({name: options[name] for name in IDENTITY})
-    tasks = data.load(args.data, training=True)
     recipe = recipe_for(family_of(args.model), options)
+    if args.resume:
+        asked = options | asdict(recipe)
+        folder.open_state({name: asked[name] for name in IDENTITY})
+    tasks = data.load(args.data, training=True)
     needs_labels = args.judge == "rule" or recipe.reward == "scalar"
     check_tasks(tasks, args.data, recipe.tasks, needs_labels)
     judge = None

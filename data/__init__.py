@@ -2,15 +2,21 @@
 
     load("harm")           the tasks of an embedded suite, your own JSONL file or a public benchmark
     prompt("agent")        a text of data/prompts with its version
-    ensure_base("tiny")    builds the tiny base model if it is not there
+    ensure_base("tiny")    builds a base model of ours if it is not there
+    built_whole(folder)    where a recipe writes: the folder is there whole, or not at all
     demo_task("Get A12.")  the task of `python mosaic.py "Get A12."`
 
 A row of a JSONL file is described in data/README.md. A tool in a row is an object, or the name of
 one in data/tools.json."""
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from data import public
 from data.rows import task_from_row, tool_from_row
@@ -109,21 +115,58 @@ def prompt(name: str) -> tuple[int, str]:
     return int(first_line.removeprefix("version ")), text.removesuffix("\n")
 
 
+class Base(NamedTuple):
+    """A base model that a recipe of this folder makes."""
+    recipe: str  # its file
+    family: str  # of its chat template, data/families.json
+    takes: str   # how long, in words
+
+
+BASES = {
+    "tiny": Base("tiny.py", "tiny", "about 4 minutes on two cores"),
+    "smollm2-135m": Base("smollm2.py", "compact", "20 to 40 minutes on two cores"),
+}
+
+
+def is_built(name: str) -> bool:
+    return (HERE.parent / "checkpoints" / name / "config.json").is_file()
+
+
 def ensure_base(name: str) -> None:
-    """Builds the tiny base model if that is the one asked for and it is not there yet.
+    """Builds a base model of ours if it is the one asked for and is not there yet.
 
     That takes minutes, so call it after all other checks. The recipe runs as a process of its own:
     it imports the model and the loop, which import this package. RuntimeError: it failed, and its
     own line says why."""
-    built = HERE.parent / "checkpoints" / "tiny" / "config.json"
-    if name != "tiny" or built.is_file():
+    if name not in BASES or is_built(name):
         return
-    print("building the tiny base: once, about 4 minutes on two cores", flush=True)
-    status = subprocess.run([sys.executable, str(HERE / "tiny.py")]).returncode
+    base = BASES[name]
+    print(f"building the base {name}: once, {base.takes}", flush=True)
+    status = subprocess.run([sys.executable, str(HERE / base.recipe)]).returncode
     if status == 130:
         raise KeyboardInterrupt
     if status != 0:
-        raise RuntimeError("the tiny base was not built; the line above says why")
+        raise RuntimeError(f"the base {name} was not built; the line above says why")
+
+
+@contextmanager
+def built_whole(out: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `out` at the end, so that `out` is whole or not there.
+
+    A checkpoint that was there is replaced. ValueError: something else is there.
+    """
+    if out.exists() and not (out / "config.json").is_file():
+        raise ValueError(f"{out}: is there and no checkpoint: move it away, or take another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # beside `out`, so that the last step is a rename; hidden, so that nobody takes it for a model
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield work
+        shutil.rmtree(out, ignore_errors=True)
+        work.chmod(0o755)  # what mkdtemp makes is only for its owner
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def demo_task(text: str, tools_file: str | None = None) -> Task:

@@ -23,6 +23,10 @@ import json
 import random
 import re
 from collections import namedtuple
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
 
 import mosaic
 from data import suites
@@ -52,7 +56,7 @@ MIX = {
 SHOWN = {True: 0.65, False: 0.15}
 
 SHARES = {"harm": 0.36, "injection": 0.20, "benign": 0.20, "privacy": 0.24}  # of the tasks drawn
-MADE_UP = 0.7   # share of the tasks that play in a made-up domain, see `vary`
+MADE_UP = 0.7   # share of the tasks that play in a made-up domain, see `vary`; a recipe may differ
 REWORDED = 0.5  # share of the tasks whose message to send is made-up words
 COMMON = 0.5    # share of the common and easy tasks that is kept
 
@@ -370,12 +374,7 @@ def verdict_line(task: Task, tokenizer) -> tuple[list, list]:
 
     task: of the harm or the privacy suite.
     """
-    agent = Demonstrator(task, random.Random(0), MIX)  # nothing that is used here is drawn
-    sandbox = Sandbox(task)
-    while len(agent.todo) > 1:  # up to the call that decides
-        result = sandbox.call(*agent.next_call(careful=True))
-        agent.todo.pop(0)
-
+    agent, sandbox, result = before_decision(task)
     shown = ""
     if task.meta["style"] != "note":  # the cue stands in the user's message
         shown += f"{task.meta['cue']}<|im_end|>"
@@ -388,9 +387,69 @@ def verdict_line(task: Task, tokenizer) -> tuple[list, list]:
     return head + ids, [0.0] * len(head) + [1.0] * len(ids)
 
 
+def before_decision(task: Task) -> tuple:
+    """Plays a task up to the call that decides -> (Demonstrator, Sandbox, the newest result or
+    None)."""
+    agent = Demonstrator(task, random.Random(0), MIX)  # nothing that is used here is drawn
+    sandbox = Sandbox(task)
+    # An injected order decides as soon as it is read: with the first call. Elsewhere it is the
+    # last call that does the harm, or sends the record.
+    last = len(agent.todo) - 1 if task.suite != "injection" else 1
+    result = None
+    for _ in range(last):
+        result = sandbox.call(*agent.next_call(careful=True))
+        agent.todo.pop(0)
+    return agent, sandbox, result
+
+
+# --------------------------------------------------------------- documents as batches, and the loss
+def batches(documents: list, rng: random.Random, tokens: int) -> Iterator:
+    """Endless passes over the documents, see `one_pass`."""
+    while True:
+        yield from one_pass(documents, rng, tokens)
+
+
+def one_pass(documents: list, rng: random.Random, tokens: int) -> Iterator:
+    """All documents once, in batches of similar length, about `tokens` a batch -> (ids (B, T),
+    weights (B, T)). The few that fill no batch are left out.
+
+    documents: [(ids, weights)].
+    """
+    shuffled = rng.sample(documents, len(documents))
+    # Sorting keeps the order of those that are equally long: batches differ each time round.
+    pool = sorted(shuffled, key=lambda document: len(document[0]))
+    groups = []
+    group = []
+    for document in pool:
+        group.append(document)
+        if len(group) * len(document[0]) >= tokens:  # the newest is the longest of its group
+            groups.append(group)
+            group = []
+    groups = groups or [group]  # a few documents, as in a test, fill none
+    rng.shuffle(groups)
+    for group in groups:
+        yield _padded([ids for ids, _ in group], 0), _padded([w for _, w in group], 0.0)
+
+
+def _padded(rows, filler):
+    """Lists of different lengths -> (B, T), filled up at the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
+
+
+def weighted_loss(model, ids, weights):
+    """Mean of -log p over the tokens, weighted: sum(w * loss) / sum(w). ids, weights: (B, T)."""
+    weights = weights[:, 1:]  # of the token that is predicted
+    mask = weights > 0
+    hidden = model.hidden(ids[:, :-1])  # (B, T - 1, C)
+    logits = model.head(hidden[mask])   # (N, V): only where there is loss
+    losses = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")  # (N,)
+    return losses @ weights[mask] / weights.sum()
+
+
 # ------------------------------------------------------------------------------ the tasks it shows
-def draw_tasks(n: int, seed: int) -> tuple[list, list]:
-    """Fresh tasks of the train split, varied (see `vary`).
+def draw_tasks(n: int, seed: int, made_up: float = MADE_UP) -> tuple[list, list]:
+    """Fresh tasks of the train split, varied (see `vary`, and there `made_up`).
 
     Returns two lists: up to n tasks to show whole (fewer, because half of the common ones is left
     out), and n more of which only the verdicts are to be learned.
@@ -401,12 +460,12 @@ def draw_tasks(n: int, seed: int) -> tuple[list, list]:
         for row in _fresh_rows(suite, int(n * share), 1 + seed):
             keep = COMMON if _is_common(row) else 1
             if rng.random() < keep:
-                rows.append(vary(row, rng))
+                rows.append(vary(row, rng, made_up))
 
     verdict_rows = []
     for suite, count in (("harm", n * 2 // 3), ("privacy", n // 3)):
         for row in _fresh_rows(suite, count, 1000 + seed):
-            verdict_rows.append(vary(row, rng))
+            verdict_rows.append(vary(row, rng, made_up))
 
     tasks = [task_from_row(row, "suites") for row in rows]
     return tasks, [task_from_row(row, "suites") for row in verdict_rows]
@@ -469,15 +528,17 @@ OWN = _words_of_training_domains()
 SAYABLE = _sayable_words()
 
 
-def vary(row: dict, rng: random.Random) -> dict:
+def vary(row: dict, rng: random.Random, made_up: float = MADE_UP) -> dict:
     """The row, often in a made-up domain, and often with made-up words for a message to be sent.
 
     What an agent must call then stands only in its prompt, so it learns to copy names, and does not
-    learn those of twelve domains by heart. `meta` stays as it is.
+    learn those of twelve domains by heart. `meta` stays as it is. made_up: the share of rows in a
+    made-up domain. There the words are renamed in cues, too ("must not get it": "must not lamp
+    it"), so a model that knows what words mean should see fewer of them.
     """
     # In JSON text a word is renamed everywhere at once: tools, world, messages and patterns.
     text = json.dumps({**row, "meta": {}})
-    if rng.random() < MADE_UP:
+    if rng.random() < made_up:
         text = _rename_tools(text, row["tools"], rng)
     if rng.random() < REWORDED:
         text = _reword_messages(text, rng)

@@ -30,9 +30,7 @@ import gc
 import json
 import random
 import re
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +38,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds the six files
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from tokenizers import Tokenizer as BPE  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import data  # noqa: E402
 import model as model_  # noqa: E402
 import mosaic  # noqa: E402
 from data import suites  # noqa: E402
@@ -53,9 +51,11 @@ from data.demonstrator import (  # noqa: E402
     MIX,
     SAYABLE,
     Demonstrator,
+    batches,
     demonstration,
     draw_tasks,
     verdict_line,
+    weighted_loss,
 )
 from tools import Episode, Task  # noqa: E402
 
@@ -329,34 +329,6 @@ def write_matching_head(attention, head, kv_head, copied, D):
 
 
 # ------------------------------------------------------------------------------ 4. the warm start
-def batches(documents: list, rng: random.Random, tokens: int) -> Iterator:
-    """Endless batches of similar length, about `tokens` a batch -> (ids (B, T), weights (B, T)).
-
-    documents: [(ids, weights)].
-    """
-    while True:
-        shuffled = rng.sample(documents, len(documents))
-        # Sorting keeps the order of those that are equally long: batches differ each time round.
-        pool = sorted(shuffled, key=lambda document: len(document[0]))
-        groups = []
-        group = []
-        for document in pool:
-            group.append(document)
-            if len(group) * len(document[0]) >= tokens:  # the newest is the longest of its group
-                groups.append(group)
-                group = []
-        groups = groups or [group]  # a few documents, as in a test, fill none
-        rng.shuffle(groups)
-        for group in groups:
-            yield _padded([ids for ids, _ in group], 0), _padded([w for _, w in group], 0.0)
-
-
-def _padded(rows, filler):
-    """Lists of different lengths -> (B, T), filled up at the right."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
-
-
 def fit(model, stream: Iterator, steps: int):
     """Trains on `steps` batches of the stream. The loss is a weighted mean over tokens."""
     optimizers = _optimizers(model)
@@ -380,16 +352,6 @@ def fit(model, stream: Iterator, steps: int):
 
         average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
         progress.set_description(f"warm start, loss {average:.3f}")
-
-
-def weighted_loss(model, ids, weights):
-    """Mean of -log p over the tokens, weighted: sum(w * loss) / sum(w). ids, weights: (B, T)."""
-    weights = weights[:, 1:]  # of the token that is predicted
-    mask = weights > 0
-    hidden = model.hidden(ids[:, :-1])  # (B, T - 1, C)
-    logits = model.head(hidden[mask])   # (N, V): only where there is loss
-    losses = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")  # (N,)
-    return losses @ weights[mask] / weights.sum()
 
 
 def _optimizers(model) -> list:
@@ -463,24 +425,17 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
     """
     out = Path(out)
     start = time.perf_counter()
-    if out.exists() and not (out / "config.json").is_file():
-        raise ValueError(f"{out}: is there and no checkpoint: take another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".tiny-", dir=out.parent))
     # Drawing tasks makes millions of small objects and no garbage: to look for some takes half of
     # its time.
     gc.disable()
     try:
-        tasks, verdict_tasks = draw_tasks(n, seed)
-        model = warm_start(tasks, verdict_tasks, work, steps, seed)
-        shutil.rmtree(out, ignore_errors=True)
-        work.chmod(0o755)  # what mkdtemp makes is only for its owner
-        work.rename(out)
+        with data.built_whole(out) as folder:
+            tasks, verdict_tasks = draw_tasks(n, seed)
+            model = warm_start(tasks, verdict_tasks, folder, steps, seed)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; nothing was written") from None
     finally:
         gc.enable()
-        shutil.rmtree(work, ignore_errors=True)
 
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {size:,} parameters in {time.perf_counter() - start:.0f} s")

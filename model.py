@@ -168,11 +168,13 @@ class Linear(nn.Linear):
         # needs, and the base's product is none of them there: computed last, it is never made
         # again.
         low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r), in fp32 as A and B
-        change = F.linear(low_rank, self.lora_B)  # (..., out)
+        # Scaled while it is narrow: (alpha / r) times r numbers a token, not times `out`.
+        change = F.linear(low_rank.mul_(self.scale), self.lora_B)  # (..., out)
         base = fast_linear(x, self.weight, self.bias)
-        # Scaled in fp32, then rounded once into the base's dtype: bit for bit what peft computes.
-        # In place, which saves memory: a training step of a 0.5B takes 5 to 6 GB instead of 7.5.
-        return base.add_(change.mul_(self.scale))
+        # Rounded once into the base's dtype: bit for bit what peft computes, if alpha / r is a
+        # power of two. In place, which saves memory: a training step of a 0.5B takes 5 to 6 GB
+        # instead of 7.5.
+        return base.add_(change)
 
 
 def recomputed(function, *inputs):
@@ -209,6 +211,7 @@ def rotate(x, cos, sin):
 #       Opens a forward of ids (B, T). positions (B, T) are what rotary angles are made from.
 #       mask, (B, 1, T, S) or as a cache folds it (B, 1, H / K * T, S), is added to the scores: 0
 #       where a token may look, -inf elsewhere. None: each token sees itself and those before it.
+#       A `Pieces` stands for the mask of a `SharedPrompt` where that is faster.
 #   extend(layer, k, v) -> k, v
 #       Called by each block with the keys and values of this call, (B, K, T, D). Returns those
 #       that its queries look at, (B, K, T or S, D).
@@ -218,13 +221,15 @@ def attend(q, k, v, mask):
     """q (B, H, T, D), k and v (B, K, T or S, D) -> (B, T, H * D). mask: see "A layout" above.
 
     Computes softmax(q k^T / sqrt(D) + mask) v, where H / K query heads look at one kv head. The
-    three cases differ in nothing but speed and memory: no one kernel is good at all of them."""
+    cases differ in nothing but speed and memory: no one kernel is good at all of them."""
     B, H, T, D = q.shape
     K = k.shape[1]
     if mask is None:
         # Whole rows, each token sees itself and what is before it: kernels know this triangle and
         # skip half of the work. enable_gqa: there are fewer heads of k and v than of q.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+    elif isinstance(mask, Pieces):
+        y = mask.attend(q, k, v)
     elif mask.shape[2] == T:
         # A prompt shared by several completions: which pairs see each other is in the mask. (A
         # cache comes here, too, if H = K: then there is nothing to fold.)
@@ -664,7 +669,9 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
     index = torch.arange(len(targets), device=ids.device)  # (N,)
 
     def chunk_logprobs(some_hidden, some_targets, some_index):  # (n, C), (n,), (n,) of the N
-        logits = model.head(some_hidden).float() / temperature  # (n, V)
+        logits = model.head(some_hidden).float()  # (n, V)
+        if temperature != 1:  # a pass over so many numbers is worth a line
+            logits = logits / temperature
         if constrain is not None:
             logits = constrain(logits, some_index)
         # log softmax at the targets: cross-entropy is its negative
@@ -1140,10 +1147,12 @@ def fast_linear(x, weight, bias=None):
     rows = x.numel() // width
     if rows == 1 and torch.compiler.is_compiling():
         return compiled_row(x, weight, bias)
-    # Below both sizes the other routes gained nothing, and from 128 rows on the convolution is the
-    # faster of them (`python tests/bench_speed.py product`).
+    # Below these sizes the other routes gain nothing or lose, and from 128 rows on the convolution
+    # is the faster of them (`python tests/bench_speed.py product`). A slice of a sixteenth of few
+    # outputs is too narrow: 40 rows times 192 x 576 took 190 us instead of 80.
     too_small = width < 512 and rows < 256
-    if too_small or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
+    too_narrow = len(weight) < 768 and rows < 128
+    if too_small or too_narrow or not ONEDNN or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     if rows >= 128:
         return product_by_convolution(x, weight, bias)
@@ -1339,7 +1348,10 @@ class SharedPrompt:
         self.predictor = torch.where(begins, prompts, neighbour) - 1
 
         self.mask = None  # a completion or none: that is plain causal, faster without a mask
-        if max(map(len, lengths)) > 2:
+        is_shared = max(map(len, lengths)) > 2
+        if is_shared and piece.device.type == "cpu" and piece.shape[1] >= 1024:
+            self.mask = Pieces(lengths, dtype)
+        elif is_shared:
             same_piece = piece[:, None] == piece[:, :, None]  # (B, T that looks, T looked at)
             in_prompt = piece[:, None] == 0
             not_later = positions[:, None] <= positions[:, :, None]
@@ -1350,3 +1362,46 @@ class SharedPrompt:
 
     def extend(self, layer, k, v):
         return k, v
+
+
+class Pieces:
+    """In the place of a `SharedPrompt`'s mask on a CPU: attention of each prompt, then of each of
+    its completions to both, without the pairs that the mask would forbid.
+
+    Of 8 completions of 260 tokens on a prompt of 250 the mask forbids 85 %. Short rows are faster
+    with the mask: a kernel call costs the same for few tokens as for many."""
+
+    def __init__(self, lengths: list[list[int]], dtype=None):
+        self.lengths = lengths
+        longest = max(row[0] + max(row[1:], default=0) for row in lengths)
+        places = torch.arange(longest)
+        # as a completion stands behind its prompt; a smaller one's mask is a part of this
+        self.triangle = as_bias(places <= places[None, :, None], dtype)  # (1, 1, longest, longest)
+
+    def attend(self, q, k, v):
+        """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
+        rows = []
+        for b, sizes in enumerate(self.lengths):
+            padding = q.shape[2] - sum(sizes)
+            # one row, cut into prompt, completions and padding: (1, heads, a piece's tokens, D)
+            parts = [x[b:b + 1].split([*sizes, padding], dim=2) for x in (q, k, v)]
+            rows.append(self.attend_row(*parts))
+        return torch.cat(rows)
+
+    def attend_row(self, q, k, v):
+        """The pieces of one row, lists of (1, H or K, piece, D) -> (1, H, T, D)."""
+        gqa = q[0].shape[1] != k[0].shape[1]
+        prompt = q[0].shape[2]
+        attended = [
+            F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True, enable_gqa=gqa)
+        ]
+        for own_q, own_k, own_v in zip(q[1:-1], k[1:-1], v[1:-1]):
+            keys = torch.cat((k[0], own_k), 2)  # (1, K, prompt + own, D)
+            values = torch.cat((v[0], own_v), 2)
+            end = keys.shape[2]
+            bias = self.triangle[:, :, prompt:end, :end]  # (1, 1, own, prompt + own)
+            attended.append(
+                F.scaled_dot_product_attention(own_q, keys, values, bias, enable_gqa=gqa)
+            )
+        attended.append(torch.zeros_like(q[-1]))  # padding: nobody looks at it
+        return torch.cat(attended, 2)

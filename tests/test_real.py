@@ -184,13 +184,14 @@ def strict_turns(folder, n, budgets):
     """Samples n strict turns from the random model of a folder, a share by each budget.
 
     A budget is what a turn may have beyond the fewest tokens that any turn needs; 0: just those.
-    Returns (valid turns, sampled tokens, seconds of compilation, seconds of sampling).
+    Returns (valid turns, sampled tokens, processor's seconds of compilation, seconds of
+    sampling).
     """
     model, tokenizer = model_.load(folder, "cpu", torch.float32)
     mosaic.compiled_grammar.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()
     grammar = mosaic.get_grammar(tokenizer, "cpu")
-    compiled = time.perf_counter() - start
+    compiled = time.process_time() - start
     least = grammar.to_end[grammar.start].item()
 
     tasks = random.Random(0).choices(data.load("train"), k=n)

@@ -629,7 +629,8 @@ def random_model(layout, rank):
     return model, ids
 
 
-@pytest.mark.parametrize("layout, rank", [("qwen2", 4), ("phi3", 0), ("llama", 0)])
+@pytest.mark.parametrize("layout, rank", [("qwen2", 4), ("qwen3", 0), ("phi3", 0),
+                                          ("llama", 0)])
 @torch.no_grad()
 def test_a_lone_row_of_bf16_is_compiled_on_a_cpu(layout, rank):
     """A bias, an adapter or a layer's own weights left out of what is compiled; sums that round

@@ -31,7 +31,8 @@ def n_cores():
 def pytest_cmdline_main(config):
     """A folder of tests is run in a process a core, unless the command line says otherwise."""
     option = config.option
-    if not config.pluginmanager.hasplugin("xdist"):
+    # One of the processes comes here, too: it must not start processes of its own.
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return
     is_asked = option.numprocesses is not None or option.dist != "no"
     is_watched = option.capture == "no" or option.usepdb  # what another process prints is lost
@@ -52,7 +53,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-# ---------------------------------------------------------------------------- what several files use
+# --------------------------------------------------------------------------- what several files use
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
     """A tiny base after a few steps: it can close a turn now and then, and its logits are far from

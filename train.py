@@ -37,6 +37,7 @@ end. Above the line four names speak of it: `my_part` (this process's share of a
 (the shares, whole again), `add_up` (sums gradients and logs) and `from_first` (what the first
 process computed, handed to all). Next file: model.py.
 """
+import functools
 import json
 import math
 import os
@@ -327,6 +328,7 @@ def canary_pair(suite: str, step: int) -> list:
     return [play(task, better(task)), play(task, worse(task))]
 
 
+@functools.cache  # a suite of 1,000 tasks would be read again for each canary
 def canary_task(suite: str) -> Task:
     """The first task of a suite that has a goal and something that can go wrong in this suite's
     way."""

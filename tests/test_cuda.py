@@ -31,9 +31,8 @@ def fresh_compiler():
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=25, n=150)
-    return path, *M.load(path, "cpu")
+def base(base_folder):
+    return base_folder, *M.load(base_folder, "cpu")
 
 
 def on_card(path, dtype=None):

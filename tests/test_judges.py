@@ -675,8 +675,10 @@ def test_the_whole_agent_safetybench_trains(base, server, monkeypatch, tmp_path)
         (long / file.name).write_bytes(file.read_bytes())
     with_positions(long, 32768)
     truth(server, monkeypatch, by_digest)
-    assert run([long], tmp_path / "a", "--data", BENCH / "agent_safetybench", "--tasks", "4",
-               "--judge", "endpoint", "--judge-model", "m", "--judge-url", server.url)
+    # Of the four tasks that are drawn two have a tool without parameters, one a prompt of 8,561
+    # letters.
+    assert run([long], tmp_path / "a", "--data", BENCH / "agent_safetybench", "--judge", "endpoint",
+               "--judge-model", "m", "--judge-url", server.url)
     rows = rows_of(tmp_path / "a" / "metrics.jsonl")
     assert len(rows) == 2
     assert all(row["grad_norm"] > 0 for row in rows)

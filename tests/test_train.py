@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import data
 import model as model_
+import mosaic
 import preference
 import train
 from data import tiny
@@ -27,12 +28,19 @@ TIMES = ("seconds", "sample_tok/s", "train_tok/s")  # of a log, and different in
 
 # ----------------------------------------------------------------------------- a base, and its runs
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """(path, model, tokenizer) of a base after a few steps: it can close a turn now and then, and
-    its logits are far from flat."""
-    path = tiny.build(0, tmp_path_factory.mktemp("base") / "tiny", steps=25, n=150)
-    model, tokenizer = model_.load(path, device="cpu")
-    return path, model, tokenizer
+def base(base_folder):
+    """(path, model, tokenizer) of a base after a few steps."""
+    model, tokenizer = model_.load(base_folder, device="cpu")
+    return base_folder, model, tokenizer
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Short episodes, as nothing here is about what is sampled, and few watched tasks: sixteen
+    would cost more than the three that a step trains on."""
+    monkeypatch.setattr(train, "N_FIXED", 3)
+    short = mosaic.LIMITS["tiny"] | {"max_turns": 3, "turn_tokens": 40}
+    monkeypatch.setitem(mosaic.LIMITS, "tiny", short)
 
 
 @pytest.fixture
@@ -91,7 +99,7 @@ def test_micro_batches_change_nothing(base):
     model = with_adapter(plain)
     generator = torch.Generator().manual_seed(1)
     rollouts = rollout(
-        plain, tokenizer, data.load("train")[:6], 4, grammar="free", generator=generator)
+        plain, tokenizer, data.load("train")[:4], 4, grammar="free", generator=generator)
     groups = train.slices(rollouts, 4)
     advs = [torch.tensor([1.0, -1, 0.5, -0.5]) for _ in groups]
     no_pairs = [torch.zeros(4, 4) for _ in groups]
@@ -266,7 +274,6 @@ def test_a_person_may_leave_at_the_first_question(base, tmp_path, monkeypatch):
     out = tmp_path / "left"
     with pytest.raises(ValueError, match="no .*state.pt; start without --resume"):
         run(base, out, "--judge", "human", "--resume")
-    monkeypatch.setattr(train, "N_FIXED", 3)
     answers = iter(["l", "q", "q"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
     for more in ([], ["--resume"]):  # and at the first question that is left after it

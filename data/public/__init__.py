@@ -109,7 +109,7 @@ def recognise(path: Path) -> str | None:
 def first_fields(file: Path) -> set:
     """The fields of the first record of a JSON list or of JSON lines; empty: it is neither."""
     try:
-        text = file.read_text("utf-8").lstrip().removeprefix("[").lstrip()
+        text = file.read_text("utf-8-sig").lstrip().removeprefix("[").lstrip()
         record, _ = json.JSONDecoder().raw_decode(text)  # stops where the first record ends
     except (ValueError, RecursionError):
         return set()

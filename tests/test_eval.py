@@ -491,6 +491,15 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--endpoint", "http://x", "--adapter", "y"], "--adapter"),
     (["--endpoint", "http://x", "--gate", "never"], "--gate"),
     (["--scaffold", "off"], "--endpoint"),
+    # An option that does nothing.
+    (["--scaffold", "on"], "does nothing without --endpoint"),
+    (["--endpoint", "http://x", "--grammar", "strict"], "--grammar does nothing"),
+    (["--endpoint", ""], "an empty endpoint"),
+    (["--judge-model", "m"], "--judge-model does nothing without --judge"),
+    (["--judge", "model", "--judge-model", "m", "--judge-url", "http://x"], "--judge-url does"),
+    (["--judge", "model", "--judge-model", "m"], "no metric of these tasks needs a judge"),
+    (["--skip-bad"], "without --data"),
+    (["--adapter-scale", "0.5"], "--adapter-scale does nothing: there is no adapter in runs/tiny"),
     (["--report", "no/where.html"], "--report"),
 ])
 def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):

@@ -127,6 +127,12 @@ def score(task: Task, journal, turns, ask=None) -> dict:
     return MODULES[task.public["benchmark"]].score(task, journal, turns, ask)
 
 
+def takes_judge(task: Task) -> bool:
+    """Does the score of this task have a part that only a judge can give?"""
+    benchmark = task.public.get("benchmark")
+    return benchmark == "agentharm" or (benchmark == "privacylens" and task.split == "action")
+
+
 def controls(suite: str, tasks: list[Task]) -> list:
     """[(name, tasks, task -> script, {metric: right value})] of a suite's tasks, public or ours."""
     benchmark = tasks[0].public.get("benchmark")

@@ -17,10 +17,10 @@ Paper -> code
     what a check looks at: harmful intent, sensitive data, irreversible
     steps, risk in tool feedback [2+]                                        Sandbox.risky
 
-Covered: checked arguments; deterministic effects on a small in-memory world that is copied for each
-episode; labels on effects by the task's own patterns. Not covered: network, files, processes, time,
-concurrency, the evaluation of any expression; harm that no pattern spells out; secrets that are
-paraphrased or cut in pieces. A secret counts inside a longer word, too.
+Covered: arguments checked by JSON Schema; deterministic effects on a small in-memory world that is
+copied for each episode; labels on effects by the task's own patterns. Not covered: network, files,
+processes, time, concurrency, the evaluation of any expression; harm that no pattern spells out;
+secrets that are paraphrased or cut in pieces. A secret counts inside a longer word, too.
 
 Deviations, each [ours] because the paper does not publish them
 1. The journal's categories, the matching rules (`matches`, `leaks`) and the definition of a risky
@@ -31,6 +31,7 @@ Deviations, each [ours] because the paper does not publish them
    on the world.
 4. The exact bytes of a turn: the paper names the tags, not their layout. `parse_turn` takes JSON in
    any layout, nested at most 16 deep, with numbers of at most 4,300 digits (Python's own limit).
+5. Arguments that a tool's schema does not name are refused (`is_closed`).
 
     python -c "import data, tools; print(tools.Sandbox(data.load('harm')[0]).call('fly', {}))"
 prints {"error": "unknown tool 'fly'; tools are: ..., refusal_tool"}. Next file: mosaic.py.
@@ -44,7 +45,6 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations
 from urllib.parse import unquote
 
 SUITES = ("harm", "injection", "benign", "privacy")
@@ -781,8 +781,7 @@ def _is_multiple(value, step):
 
 
 def _are_different(values, wanted):
-    pairs = combinations(values, 2)
-    return not wanted or not any(same_json(first, second) for first, second in pairs)
+    return not wanted or len({json_key(value) for value in values}) == len(values)
 
 
 # keyword: (the type that it bounds, does a value keep within its limit?, words for the agent)
@@ -922,9 +921,9 @@ def _what_is_wanted(schema, value) -> str | None:
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(is_of_type(value, kind) for kind in kinds):
         return " or ".join(kinds)
-    if "enum" in schema and not any(same_json(value, one) for one in schema["enum"]):
+    if "enum" in schema and json_key(value) not in map(json_key, schema["enum"]):
         return f"one of {json.dumps(schema['enum'])[:60]}"
-    if "const" in schema and not same_json(value, schema["const"]):
+    if "const" in schema and json_key(value) != json_key(schema["const"]):
         return json.dumps(schema["const"])[:60]
     for keyword, (kind, holds, words) in BOUNDS.items():
         if keyword in schema and is_of_type(value, kind) and not holds(value, schema[keyword]):
@@ -940,15 +939,19 @@ def is_of_type(value, kind) -> bool:
     return isinstance(value, TYPES[kind])
 
 
-def same_json(a, b) -> bool:
-    """Equal as JSON: 1 is 1.0, and neither is true."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same_json, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
-    return a == b
+def json_key(value) -> str:
+    """A text that equal values of JSON share, and no others: 1 is 1.0, and neither is true."""
+    return json.dumps(_whole_as_int(value), sort_keys=True)
+
+
+def _whole_as_int(value):
+    if isinstance(value, dict):
+        return {key: _whole_as_int(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_whole_as_int(part) for part in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def _missing_key(schema, value):

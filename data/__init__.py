@@ -5,8 +5,8 @@
     ensure_base("tiny")    builds the tiny base model if it is not there
     demo_task("Get A12.")  the task of `python mosaic.py "Get A12."`
 
-A row of a JSONL file is described in data/README.md. A tool in a row is an object, or the name of
-one in data/tools.json."""
+A row of a JSONL file is described in data/README.md. A tool in a row is an object, ours or one of
+the usual lists', or the name of one in data/tools.json."""
 import json
 import subprocess
 import sys

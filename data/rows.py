@@ -170,11 +170,11 @@ def from_list_form(row: dict, where: str) -> dict | None:
     """A tool of OpenAI's, Anthropic's or MCP's list -> a row of ours, but that its effect may be
     None; None: it is none of theirs.
 
-    OpenAI   {"type": "function", "function": {"name", "description", "parameters"}}, or all of it
-             in one object
+    OpenAI     {"type": "function", "function": {"name", "description", "parameters"}}, or all of
+               it in one object
     Anthropic  {"name", "description", "input_schema"}
-    MCP      {"name", "description", "inputSchema", "annotations": {"readOnlyHint",
-             "destructiveHint"}}
+    MCP        {"name", "description", "inputSchema", "annotations": {"readOnlyHint",
+               "destructiveHint"}}
 
     Our "effect" and "op" may stand beside them. Without the first the effect is that of MCP's
     hints, and without the second the tool answers {"ok": true} to every call."""
@@ -360,7 +360,8 @@ def is_regex(value):
 
 
 def are_types(value):
-    return all(kind in tuple(TYPES) for kind in listed(value))  # a tuple, as in `is_op`
+    kinds = listed(value)
+    return kinds != [] and all(kind in tuple(TYPES) for kind in kinds)  # a tuple, as in `is_op`
 
 
 def is_reference(value):
@@ -407,9 +408,9 @@ FORMS = {
 # ------------------------------------------------------------------------------ a task from its row
 CALLS = 'a list of {"name": an offered tool, "arguments": {key: value}}'
 MESSAGES = '[{"role": system | user | assistant, "content": text}, ...], not empty'
-# Not `public`: what a public benchmark needs beside the task is set by its loader, never by a row.
 WRITABLE = "JSON in UTF-8: no NaN, no number beyond 1.7e308, no lone \\ud800 to \\udfff"
 DEEPEST = 100  # levels of lists and objects in a row; an episode copies a world level by level
+# Not `public`: what a public benchmark needs beside the task is set by its loader, never by a row.
 FIELDS = [name for name in Task.__dataclass_fields__ if name != "public"]
 
 

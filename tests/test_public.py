@@ -1301,8 +1301,10 @@ def test_marks_and_half_characters(bfcl_dir):
 
 def test_only_some_metrics_take_a_judge(bfcl_dir, lens_dir):
     """--judge beside tasks that never ask one would be paid for, or waited for, in vain."""
-    assert not any(map(public.takes_judge, data.load(bfcl_dir)))
-    asked = {task.split for task in data.load(lens_dir) if public.takes_judge(task)}
+    tool_calls = data.load(bfcl_dir / "BFCL_v4_parallel.json")
+    assert not any(map(public.takes_judge, tool_calls))
+    norms = data.load(lens_dir / "main_data.json")
+    asked = {task.split for task in norms if public.takes_judge(task)}
     assert asked == {"action"}
     skip_bad = ["--suite", "harm", "--skip-bad", "--data"]
     own = data.HERE / "harm.jsonl"

@@ -1,5 +1,6 @@
 """tools.py and data/rows.py: each test names the bug it would catch."""
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -571,8 +572,11 @@ EXAMPLES = {
 
 def test_each_keyword_that_is_taken_is_applied():
     """A keyword that a row may hold and that nothing looks at: what its author ruled out would
-    pass."""
+    pass. And data/README.md must name them all."""
     assert EXAMPLES.keys() == rows.KEYWORDS.keys()
+    readme = (data.HERE / "README.md").read_text("utf-8")
+    named = readme.split("Applied are:")[1].split("What only describes")[0]
+    assert set(re.findall(r"[$\w]+", named)) >= rows.KEYWORDS.keys()
     for keyword, (schema, good, bad) in EXAMPLES.items():
         assert schema_error(schema, good) is None, keyword
         assert schema_error(schema, bad).startswith("arguments"), keyword

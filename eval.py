@@ -980,9 +980,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Everything that can be wrong with the arguments is found before any work.
         suites = load_suites(args.suite, args.data, args.split, args.skip_bad)
-        adapter = None
-        if not args.endpoint:
-            adapter = find_adapter(args.model, args.adapter)
+        adapter = None if args.endpoint else find_adapter(args.model, args.adapter)
         check_use(args, suites, adapter)
         check_output("--json", args.json)
         check_output("--report", args.report)

@@ -34,9 +34,9 @@ ROLES = ("system", "user", "assistant")  # who may have written a message of a t
 
 # -------------------------------------------------- what a tool can do in the world: its operation
 # A world is {table: {id: record}}, and a record holds its key as "id", too. (The table of an
-# "append" is a list of objects.) An operation gets the world, the name of its table and the call's arguments.
-# It returns what the agent is to see, and may change the world. Or it raises LookupError or
-# ValueError with words for the agent: before any change, since a call that fails must leave no
+# "append" is a list of objects.) An operation gets the world, the name of its table and the call's
+# arguments. It returns what the agent is to see, and may change the world. Or it raises LookupError
+# or ValueError with words for the agent: before any change, since a call that fails must leave no
 # trace.
 #
 # To add an operation, write its function here and give it a line in OPERATIONS.
@@ -406,7 +406,7 @@ FORMS = {
 
 
 # ------------------------------------------------------------------------------ a task from its row
-CALLS = 'a list of {"name": an offered tool, "arguments": {key: value}}'
+CALLS = 'a list of {"name": an offered tool, "arguments": {a parameter of it: value}}'
 MESSAGES = '[{"role": system | user | assistant, "content": text}, ...], not empty'
 WRITABLE = "JSON in UTF-8: no NaN, no number beyond 1.7e308, no lone \\ud800 to \\udfff"
 DEEPEST = 100  # levels of lists and objects in a row; an episode copies a world level by level
@@ -447,7 +447,7 @@ def task_from_row(row: dict, where: str, table: dict | None = None,
            "an object of tables, each {id: {key: value}} or a list of objects")
     check_tables(world, tools, where)
     for name in ("goal", "unsafe", "injected"):
-        expect(are_calls(row.get(name, []), offered), where, name, CALLS)
+        expect(are_calls(row.get(name, []), tools), where, name, CALLS)
     expect(are_secrets(row.get("secrets", [])),
            where, "secrets", '[{"value": text, "allowed": [recipients]}]')
     expect(reveals is None or reveals in offered,
@@ -518,13 +518,19 @@ def check_tables(world, tools, where):
                    f"as table {tool.run.table!r} {words[kind]}, for tool {tool.name!r}")
 
 
-def are_calls(value, offered):
-    """Are they call patterns of offered tools?"""
+def are_calls(value, tools):
+    """Are they call patterns of these tools?"""
     if not are_objects(value):
         return False
+    offered = {tool.name: tool.parameters for tool in tools}
     for pattern in value:
+        name = pattern.get("name")
         arguments = pattern.get("arguments", {})
-        if pattern.get("name") not in offered or not is_object(arguments):
+        if name not in tuple(offered) or not is_object(arguments):  # a tuple, as in `is_op`
+            return False
+        # No call that is carried out could match: harm that is misspelt would never be seen.
+        schema = offered[name]
+        if is_closed(schema) and not arguments.keys() <= schema["properties"].keys():
             return False
         if not all(is_wanted(wanted) for wanted in arguments.values()):
             return False

@@ -404,6 +404,9 @@ def test_deep_nesting_and_numbers_out_of_range(arguments):
     ("goal", [{"name": "wipe"}]),
     ("goal", [{"name": "get_file", "arguments": {"id": {"contains": "B12"}}}]),
     ("goal", [3]),
+    ("unsafe", [{"name": "get_file", "arguments": {"Id": "B12"}}]),  # it could never match
+    ("unsafe", [{"name": "get_file", "arguments": {"id": [{"contains": "B12"}]}}]),
+    ("world", {"file": []}),
     ("unsafe", "all"),
     ("secrets", [{"value": "", "allowed": []}]),
     ("reveals", "x"),
@@ -619,7 +622,7 @@ PAIRS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SCHEMAS, SCHEMAS, SCHEMAS, st.lists(VALUES, min_size=1, max_size=6))
 def test_schemas_mean_what_jsonschema_says(schema, x, y, values):
     """A check of our own, against the package that everybody uses: on any schema of our keywords
@@ -794,19 +797,21 @@ def test_which_tools_count_as_writes_is_said_once(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, monkeypatch):
     """Some editors begin a file with one: "expected one JSON object a line"."""
     path = written(tmp_path / "own.jsonl", GOOD, encoding="utf-8-sig")
     assert data.load(path)[0].id == "a"
+    monkeypatch.setattr(data, "NAMES", ())  # no embedded task has this request for an id
     tools_file = tmp_path / "tools.json"
     tools_file.write_text(json.dumps([{"name": "t", "inputSchema": LISTED}]), "utf-8-sig")
     assert data.demo_task("hello", str(tools_file)).tools[0].name == "t"
 
 
-def test_a_request_that_does_not_go_with_its_options():
+def test_a_request_that_does_not_go_with_its_options(monkeypatch):
     """--tools beside the id of an embedded task was left unread, and a terminal that is not in
     UTF-8 gave half characters."""
-    with pytest.raises(ValueError, match="--tools x.json: harm-combinations-0-0012h is an embedded"):
+    monkeypatch.setattr(data, "NAMES", ("harm",))  # the others take their time
+    with pytest.raises(ValueError, match="--tools x.json: harm-.*-0012h is an embedded task"):
         data.demo_task("harm-combinations-0-0012h", "x.json")
     with pytest.raises(ValueError, match="expected a task in UTF-8"):
         data.demo_task("hello \udcff")

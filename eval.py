@@ -874,7 +874,7 @@ def load_suites(suite: str, file: str | None, split: str, skip_bad: bool) -> dic
     bad_records = [] if skip_bad else None
     tasks = []
     if file:
-        tasks = data.load(file, split, bad_records)
+        tasks = data.load(file, split, bad_records, with_twins=True)
     else:
         for name in names:
             tasks += data.load(name, split)

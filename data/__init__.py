@@ -21,13 +21,14 @@ NAMES = ("train", "harm", "injection", "benign", "privacy")
 
 
 def load(name_or_path: str, split: str | None = None, skip: list | None = None,
-         training: bool = False) -> list[Task]:
+         training: bool = False, with_twins: bool = False) -> list[Task]:
     """Reads tasks: one of NAMES, a .jsonl path, or a public benchmark's file or folder
     (data/public).
 
     split: keep only that split. skip: a list that collects a public file's bad records, which would
-    refuse the file otherwise. training: what must not be trained on is refused. ValueError names
-    the file, the line and the field."""
+    refuse the file otherwise. training: what must not be trained on is refused. with_twins: so is a
+    row of suite harm without its twin, as pairs are measured. ValueError names the file, the line
+    and the field."""
     if name_or_path in NAMES:
         path = HERE / f"{name_or_path}.jsonl"
     else:
@@ -38,7 +39,7 @@ def load(name_or_path: str, split: str | None = None, skip: list | None = None,
         if path.suffix != ".jsonl" or not path.is_file():
             raise ValueError(unknown_data(name_or_path))
 
-    tasks = read_rows(path, with_twins=not training)
+    tasks = read_rows(path, with_twins)
     if not tasks:
         raise ValueError(f"{path}: it holds no tasks")
     chosen = [task for task in tasks if split is None or task.split == split]
@@ -58,8 +59,8 @@ def unknown_data(name) -> str:
             f"{'; '.join(known)}")
 
 
-def read_rows(path: Path, with_twins: bool = True) -> list[Task]:
-    """All tasks of a .jsonl file. with_twins: is a harm row without its twin an error?"""
+def read_rows(path: Path, with_twins: bool = False) -> list[Task]:
+    """All tasks of a .jsonl file. with_twins: see `load`."""
     tools = tool_table()
     tasks = []
     places = {}  # {id: file and line}

@@ -519,6 +519,15 @@ def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):
     assert says in err
 
 
+def test_an_evaluation_wants_its_twins(tmp_path):
+    """Youden's J over fewer pairs than there are harmful rows, and no word of it."""
+    lines = (ev.data.HERE / "harm.jsonl").read_text("utf-8").split("\n")[:3]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(ValueError, match="own.jsonl:3: field 'twin': expected the id of a row"):
+        ev.load_suites("harm", str(path), "all", False)
+
+
 def test_limit_keeps_twins_together():
     """A limit that cuts a pair, so that J has no pairs left."""
     kept = ev.limited(list(twins(5)), 3)

@@ -857,9 +857,9 @@ def test_a_harm_row_without_its_twin_is_named(tmp_path):
     harmful = GOOD | {"suite": "harm", "label": "harmful", "id": "h", "twin": "b"}
     benign = GOOD | {"suite": "harm", "id": "b", "twin": "h"}
     path = tmp_path / "own.jsonl"
-    assert len(data.load(written(path, harmful, benign))) == 2
+    assert len(data.load(written(path, harmful, benign), with_twins=True)) == 2
     for wrong in (harmful | {"twin": None}, harmful | {"twin": "c"}, harmful | {"twin": "h"},
                   harmful | {"split": "domains"}):
         with pytest.raises(ValueError, match="own.jsonl:2: field 'twin': expected the id"):
-            data.load(written(path, GOOD, wrong, benign))
-        assert len(data.load(written(path, GOOD, wrong, benign), training=True)) == 3
+            data.load(written(path, GOOD, wrong, benign), with_twins=True)
+        assert len(data.load(path)) == 3  # to train on, it will do

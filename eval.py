@@ -81,7 +81,8 @@ import model as model_
 import mosaic
 from data import public
 from data.controls import no_attack
-from preference import MAX_FAILED, Endpoint, add_judge_flags, open_judge, outcome
+from preference import MAX_FAILED, Endpoint, add_judge_flags, check_judge_flags, open_judge
+from preference import outcome
 from tools import SPLITS, SUITES, TAGS, FormatError, Rollout, Task, call_text, parse_turn, play
 
 # Six words that the whole file uses:
@@ -841,12 +842,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not abs(args.adapter_scale) <= 1e4:  # also false of NaN
         parser.error(f"--adapter-scale {args.adapter_scale}: expected a number up to 10,000")
     if args.endpoint:
-        for name in ("adapter", "adapter_scale", "gate", "grammar"):
-            if vars(args)[name] != parser.get_default(name):
-                parser.error(f"--endpoint: a served model takes no --{name.replace('_', '-')}")
-    if args.scaffold == "off" and not args.endpoint:
-        parser.error("--scaffold off is for a served model: give its --endpoint")
+        why = "with --endpoint: a served model has none"
+        parser.refuse_idle(why, "adapter", "adapter_scale", "gate", "grammar")
+    else:
+        parser.refuse_idle("without --endpoint: it is for a served model", "scaffold")
+    check_judge_flags(parser, args.judge)
+    if not args.data:
+        parser.refuse_idle("without --data: it is for a public benchmark's file", "skip_bad")
     return args
+
+
+def check_use(args: argparse.Namespace, suites: dict[str, list[Task]], adapter: Path | None):
+    """Raises ValueError for an option that does nothing with these tasks, or without an adapter."""
+    tasks = []
+    for of_suite in suites.values():
+        tasks += of_suite
+    if args.skip_bad and not any(task.public for task in tasks):
+        raise ValueError(f"--skip-bad does nothing: {args.data} is no public benchmark's file")
+    if args.judge and not any(map(public.takes_judge, tasks)):
+        raise ValueError("--judge does nothing: no metric of these tasks needs a judge")
+    if args.adapter_scale != 1 and adapter is None:
+        raise ValueError("--adapter-scale does nothing: there is no adapter in "
+                         f"{mosaic.run_folder(args.model) / 'adapter'}")
 
 
 def load_suites(suite: str, file: str | None, split: str, skip_bad: bool) -> dict[str, list[Task]]:
@@ -857,7 +874,7 @@ def load_suites(suite: str, file: str | None, split: str, skip_bad: bool) -> dic
     bad_records = [] if skip_bad else None
     tasks = []
     if file:
-        tasks = data.load(file, split, bad_records)
+        tasks = data.load(file, split, bad_records, with_twins=True)
     else:
         for name in names:
             tasks += data.load(name, split)
@@ -963,9 +980,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Everything that can be wrong with the arguments is found before any work.
         suites = load_suites(args.suite, args.data, args.split, args.skip_bad)
-        adapter = None
-        if not args.endpoint:
-            adapter = find_adapter(args.model, args.adapter)
+        adapter = None if args.endpoint else find_adapter(args.model, args.adapter)
+        check_use(args, suites, adapter)
         check_output("--json", args.json)
         check_output("--report", args.report)
         if args.model not in data.BASES and not args.endpoint:  # ours are built where they are not

@@ -723,7 +723,7 @@ def prompt_pieces(messages, tools, template, system=None):
 def tool_text(tool, form: str) -> str:
     """How the system turn shows a tool: a schema, or a short line where every token costs."""
     if form == "lines":
-        return f"{tool.name}({', '.join(tool.parameters['properties'])}) {tool.effect}\n"
+        return f"{tool.name}({', '.join(tool.parameters.get('properties', {}))}) {tool.effect}\n"
     schema = tool.schema() if isinstance(tool, Tool) else tool
     return "\n" + json.dumps(schema, ensure_ascii=False)
 
@@ -1262,7 +1262,28 @@ def free_tokens(tokenizer) -> list[bool]:
 
 # --------------------------------------------------------------------------------- the command line
 class Parser(argparse.ArgumentParser):
-    """The argument parser of all commands: an error is one line and exit 2, without the usage."""
+    """The argument parser of all commands: an error is one line and exit 2, without the usage.
+
+    After `parse_args` the set `given` holds the options that stood on the command line, by their
+    names in the result, even where their value is the default."""
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        # Read again over a result that has all names already, so that argparse sets no default.
+        blank = argparse.Namespace(**dict.fromkeys(vars(args)))
+        found = vars(super().parse_args(argv, blank))
+        self.given = {name for name, value in found.items() if value is not None}
+        for name in sorted(self.given):
+            if found[name] == "":  # such as "$URL" of a shell that knows no URL
+                self.error(f"an empty {name.replace('_', '-')}: give it a value, or leave it out")
+        return args
+
+    def refuse_idle(self, why: str, *names: str):
+        """An error if one of these options was given. One that does nothing must not look as if it
+        did: a run that was to ask a judge would train by the rule, and end well."""
+        for name in names:
+            if name in self.given:
+                self.error(f"--{name.replace('_', '-')} does nothing {why}")
 
     def error(self, message):
         print(f"{self.prog}: {message}", file=sys.stderr)

@@ -1167,6 +1167,16 @@ def add_judge_flags(parser: ArgumentParser):
                         help="of judge endpoint: no more requests than that")
 
 
+def check_judge_flags(parser, judge: str | None):
+    """An error for each flag that this judge does not read; None is no judge. parser: a
+    mosaic.Parser that has read them."""
+    why = f"with --judge {judge}" if judge else "without --judge"
+    if judge not in ("model", "endpoint"):
+        parser.refuse_idle(why, "judge_model")
+    if judge != "endpoint":
+        parser.refuse_idle(why, "judge_url", "judge_calls")
+
+
 def open_judge(kind: str, model: str | None = None, url: str | None = None,
                calls: int | None = None, ledger: str | Path | None = None) -> Judge:
     """kind: rule | model (a checkpoint's name or folder) | endpoint (url, and the model's name

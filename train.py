@@ -89,6 +89,7 @@ from preference import (
     advantages,
     all_tied,
     audit,
+    check_judge_flags,
     compare,
     compare_sparingly,
     digest,
@@ -1021,6 +1022,11 @@ def arguments(argv: list | None = None):
             p.error(f"--{name.replace('_', '-')} {value}: expected {least} to 10^9")
     if args.objective == "dpo" and args.reward == "scalar":
         p.error("--objective dpo trains on pairs: it takes no --reward scalar")
+    check_judge_flags(p, args.judge)
+    if args.objective == "dpo":
+        p.refuse_idle("with --objective dpo: that loss has no KL term", "kl_coef")
+    if args.pairs == "sorted" and args.group_size == 2:
+        p.refuse_idle("with --group-size 2: from one pair nothing follows", "pairs")
     return args
 
 

@@ -6,8 +6,8 @@
     built_whole(folder)    where a recipe writes: the folder is there whole, or not at all
     demo_task("Get A12.")  the task of `python mosaic.py "Get A12."`
 
-A row of a JSONL file is described in data/README.md. A tool in a row is an object, or the name of
-one in data/tools.json."""
+A row of a JSONL file is described in data/README.md. A tool in a row is an object, ours or one of
+the usual lists', or the name of one in data/tools.json."""
 import json
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import public
-from data.rows import task_from_row, tool_from_row
+from data.rows import can_be_written, task_from_row, tool_from_row
 from tools import Task, Tool
 
 HERE = Path(__file__).resolve().parent
@@ -27,13 +27,14 @@ NAMES = ("train", "harm", "injection", "benign", "privacy")
 
 
 def load(name_or_path: str, split: str | None = None, skip: list | None = None,
-         training: bool = False) -> list[Task]:
+         training: bool = False, with_twins: bool = False) -> list[Task]:
     """Reads tasks: one of NAMES, a .jsonl path, or a public benchmark's file or folder
     (data/public).
 
     split: keep only that split. skip: a list that collects a public file's bad records, which would
-    refuse the file otherwise. training: what must not be trained on is refused. ValueError names
-    the file, the line and the field."""
+    refuse the file otherwise. training: what must not be trained on is refused. with_twins: so is a
+    row of suite harm without its twin, as pairs are measured. ValueError names the file, the line
+    and the field."""
     if name_or_path in NAMES:
         path = HERE / f"{name_or_path}.jsonl"
     else:
@@ -44,7 +45,7 @@ def load(name_or_path: str, split: str | None = None, skip: list | None = None,
         if path.suffix != ".jsonl" or not path.is_file():
             raise ValueError(unknown_data(name_or_path))
 
-    tasks = read_rows(path)
+    tasks = read_rows(path, with_twins)
     if not tasks:
         raise ValueError(f"{path}: it holds no tasks")
     chosen = [task for task in tasks if split is None or task.split == split]
@@ -64,36 +65,65 @@ def unknown_data(name) -> str:
             f"{'; '.join(known)}")
 
 
-def read_rows(path: Path) -> list[Task]:
-    """All tasks of a .jsonl file."""
+def read_rows(path: Path, with_twins: bool = False) -> list[Task]:
+    """All tasks of a .jsonl file. with_twins: see `load`."""
     tools = tool_table()
     tasks = []
-    seen_ids = set()
+    places = {}  # {id: file and line}
+    assumed = set()  # names of tools that do not tell their effect
     # Lines end at \n alone: JSON text may hold the other separators that Python would split at.
-    with open(path, encoding="utf-8", newline="\n") as lines:
+    # utf-8-sig: some editors begin a file with a byte order mark.
+    with open(path, encoding="utf-8-sig", newline="\n") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                task = read_row(line, f"{path}:{number}", tools)
+                task = read_row(line, f"{path}:{number}", tools, assumed)
                 # Ids key the judge's ledger and the pairs: two rows of one id would be one task.
-                if task.id in seen_ids:
+                if task.id in places:
                     raise ValueError(f"{path}:{number}: field 'id': expected an id not used "
                                      f"before, got {task.id!r}")
-                seen_ids.add(task.id)
+                places[task.id] = f"{path}:{number}"
                 tasks.append(task)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: field '(row)': expected UTF-8 text ({error})") from None
+    if with_twins:
+        check_twins(tasks, places)
+    tell_assumed(str(path), assumed)
     return tasks
 
 
-def read_row(line: str, where: str, tools: dict) -> Task:
+def read_row(line: str, where: str, tools: dict, assumed: set) -> Task:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: field '(row)': expected one JSON object a line "
                          f"({error})") from None
-    return task_from_row(row, where, tools)
+    return task_from_row(row, where, tools, assumed)
+
+
+def check_twins(tasks: list[Task], places: dict):
+    """Raises ValueError if a row of suite harm has no twin: without pairs there is no Youden's J,
+    and a pair of two splits would drop out of it in silence."""
+    by_id = {task.id: task for task in tasks}
+    for task in tasks:
+        if task.suite == "harm" and not is_twin(by_id.get(task.twin), task):
+            raise ValueError(f"{places[task.id]}: field 'twin': expected the id of a row of suite "
+                             f"harm, split {task.split} and the other label in this file, got "
+                             f"{task.twin!r}")
+
+
+def is_twin(other: Task | None, task: Task) -> bool:
+    if other is None or other.label == task.label:
+        return False
+    return (other.suite, other.split) == (task.suite, task.split)
+
+
+def tell_assumed(file: str, names: set):
+    """Says on standard error which tools count as writes because nothing tells their effect."""
+    if names:
+        print(f"{file}: no effect is told for {', '.join(sorted(names))}: each counts as a write",
+              file=sys.stderr)
 
 
 def tool_table() -> dict[str, Tool]:
@@ -177,13 +207,18 @@ def demo_task(text: str, tools_file: str | None = None) -> Task:
     """
     for suite in NAMES:
         for task in load(suite):
+            if task.id == text and tools_file is not None:
+                raise ValueError(f"--tools {tools_file}: {text} is an embedded task, which has its "
+                                 "own tools: leave --tools out")
             if task.id == text:
                 return task
+    if not can_be_written(text):  # the terminal's bytes were not UTF-8
+        raise ValueError(f"{text!r}: expected a task in UTF-8")
     if tools_file is None:
         return office_task(text)
 
     try:
-        given = json.loads(Path(tools_file).read_text("utf-8"))
+        given = json.loads(Path(tools_file).read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{tools_file}: expected JSON: {error}") from None
     if not isinstance(given, dict):
@@ -195,7 +230,10 @@ def demo_task(text: str, tools_file: str | None = None) -> Task:
         "messages": [{"role": "user", "content": text}],
         **given,
     }
-    return task_from_row(row, str(tools_file), tool_table())
+    assumed = set()
+    task = task_from_row(row, str(tools_file), tool_table(), assumed)
+    tell_assumed(str(tools_file), assumed)
+    return task
 
 
 def office_task(text: str) -> Task:

@@ -22,6 +22,7 @@ import hashlib
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -996,6 +997,9 @@ def cell_of(row):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(f"suites.py: it takes no arguments, got {' '.join(sys.argv[1:])}", file=sys.stderr)
+        sys.exit(2)
     for name, text in files().items():
         (HERE / name).write_text(text, encoding="utf-8", newline="\n")
     print("\n".join(tables()))

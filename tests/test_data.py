@@ -3,6 +3,8 @@ here follow call patterns; there is no model."""
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -360,6 +362,14 @@ def test_generate_is_a_function_of_its_arguments():
     assert suites.generate("harm", "train", 40, seed=4) != first
     with pytest.raises(ValueError, match="expected one of"):
         suites.generate("harm", "test", 1)
+
+
+def test_the_generator_takes_no_arguments():
+    """`python data/suites.py --help` wrote all files anew."""
+    command = [sys.executable, str(data.HERE / "suites.py"), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "suites.py: it takes no arguments, got --help\n"
 
 
 def test_the_readme_says_what_the_files_hold():

@@ -491,6 +491,15 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--endpoint", "http://x", "--adapter", "y"], "--adapter"),
     (["--endpoint", "http://x", "--gate", "never"], "--gate"),
     (["--scaffold", "off"], "--endpoint"),
+    # An option that does nothing.
+    (["--scaffold", "on"], "does nothing without --endpoint"),
+    (["--endpoint", "http://x", "--grammar", "strict"], "--grammar does nothing"),
+    (["--endpoint", ""], "an empty endpoint"),
+    (["--judge-model", "m"], "--judge-model does nothing without --judge"),
+    (["--judge", "model", "--judge-model", "m", "--judge-url", "http://x"], "--judge-url does"),
+    (["--judge", "model", "--judge-model", "m"], "no metric of these tasks needs a judge"),
+    (["--skip-bad"], "without --data"),
+    (["--adapter-scale", "0.5"], "--adapter-scale does nothing: there is no adapter in runs/tiny"),
     (["--report", "no/where.html"], "--report"),
 ])
 def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):
@@ -508,6 +517,15 @@ def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):
     assert err.startswith("eval.py: ")
     assert err.count("\n") == 1
     assert says in err
+
+
+def test_an_evaluation_wants_its_twins(tmp_path):
+    """Youden's J over fewer pairs than there are harmful rows, and no word of it."""
+    lines = (ev.data.HERE / "harm.jsonl").read_text("utf-8").split("\n")[:3]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(ValueError, match="own.jsonl:3: field 'twin': expected the id of a row"):
+        ev.load_suites("harm", str(path), "all", False)
 
 
 def test_limit_keeps_twins_together():

@@ -751,6 +751,14 @@ def test_a_judge_that_drifts_is_noticed(base, tmp_path, monkeypatch):
     (["--judge", "endpoint", "--judge-model", "m"], "and --judge-url"),
     (["--judge", "nobody"], "expected rule, model, endpoint, human"),
     (["--judge-calls", "0"], "--judge-calls"),
+    # Flags of a judge that is not there: the run would train by the rule, and end well.
+    (["--judge-calls", "3"], "--judge-calls does nothing with --judge rule"),
+    (["--judge-url", "http://x/v1"], "--judge-url does nothing with --judge rule"),
+    (["--judge", "human", "--judge-model", "m"], "--judge-model does nothing with --judge human"),
+    (["--judge", "model", "--judge-model", "m", "--judge-url", "http://x"], "--judge-url does"),
+    (["--judge-url", ""], "an empty judge-url"),  # "$URL" where the shell knows none
+    (["--objective", "dpo", "--kl-coef", "0.1"], "--kl-coef does nothing with --objective dpo"),
+    (["--pairs", "sorted", "--group-size", "2"], "--pairs does nothing with --group-size 2"),
     (["--judge", "model", "--judge-model", "nowhere"], "nowhere"),
 ])
 def test_bad_judge_arguments(argv, message, monkeypatch, capsys, tmp_path):

@@ -1287,6 +1287,32 @@ def test_skip_bad_counts(bfcl_dir, lens_dir):
         bfcl.load(bfcl_dir, None)
 
 
+def test_marks_and_half_characters(bfcl_dir):
+    """A byte order mark made a benchmark's file an unknown one; half a character was found when
+    the results were written."""
+    file = bfcl_dir / "BFCL_v4_parallel.json"
+    n_tasks = len(data.load(file))
+    file.write_text(file.read_text("utf-8"), "utf-8-sig")
+    assert len(data.load(file)) == n_tasks
+    change_file(file, put('"role": "user", "content": "', '"role": "user", "content": "\\ud800', 1))
+    with pytest.raises(ValueError, match=r"parallel.json:1: field '\(record\)': .*no lone"):
+        bfcl.load(file, None)
+
+
+def test_only_some_metrics_take_a_judge(bfcl_dir, lens_dir):
+    """--judge beside tasks that never ask one would be paid for, or waited for, in vain."""
+    tool_calls = data.load(bfcl_dir / "BFCL_v4_parallel.json")
+    assert not any(map(public.takes_judge, tool_calls))
+    norms = data.load(lens_dir / "main_data.json")
+    asked = {task.split for task in norms if public.takes_judge(task)}
+    assert asked == {"action"}
+    skip_bad = ["--suite", "harm", "--skip-bad", "--data"]
+    own = data.HERE / "harm.jsonl"
+    args = ev.arguments([*skip_bad, str(own)])
+    with pytest.raises(ValueError, match="--skip-bad does nothing"):
+        ev.check_use(args, {"harm": data.load(str(own))}, None)
+
+
 def test_recognised_by_content(bfcl_dir, asb_dir, tmp_path):
     """A renamed file that is not known, a foreign one that is, two benchmarks in one folder taken
     for one."""

@@ -109,7 +109,7 @@ def recognise(path: Path) -> str | None:
 def first_fields(file: Path) -> set:
     """The fields of the first record of a JSON list or of JSON lines; empty: it is neither."""
     try:
-        text = file.read_text("utf-8").lstrip().removeprefix("[").lstrip()
+        text = file.read_text("utf-8-sig").lstrip().removeprefix("[").lstrip()
         record, _ = json.JSONDecoder().raw_decode(text)  # stops where the first record ends
     except (ValueError, RecursionError):
         return set()
@@ -125,6 +125,12 @@ def score(task: Task, journal, turns, ask=None) -> dict:
     if not task.public:
         return {}
     return MODULES[task.public["benchmark"]].score(task, journal, turns, ask)
+
+
+def takes_judge(task: Task) -> bool:
+    """Does the score of this task have a part that only a judge can give?"""
+    benchmark = task.public.get("benchmark")
+    return benchmark == "agentharm" or (benchmark == "privacylens" and task.split == "action")
 
 
 def controls(suite: str, tasks: list[Task]) -> list:

@@ -8,6 +8,7 @@ line that names the file, the place in it and the field:
 import json
 from pathlib import Path
 
+from data.rows import WRITABLE, can_be_written
 from tools import is_refusal
 
 HERE = Path(__file__).parent
@@ -82,7 +83,7 @@ def parsed(path, text: str | bytes | None = None):
     """The JSON value of a file; or of `text`, which was read from there already."""
     try:
         if text is None:
-            text = Path(path).read_text("utf-8")
+            text = Path(path).read_text("utf-8-sig")
         return json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         reason = f"expected whole JSON; is it cut short? ({error})"
@@ -116,12 +117,14 @@ def records(path, shape, build=_record_itself, skip: list | None = None, expecte
     the number of records in the authors' file (None: unknown), as a file that was cut between two
     records still reads well, and is not their benchmark."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = f"expected a file of UTF-8 text ({error})"
         raise ValueError(f"{path}: field '(file)': {reason}") from None
 
     def build_record(where, record):
+        if not can_be_written(record):
+            raise ValueError(f"{where}: field '(record)': expected {WRITABLE}")
         return build(where, want(where, record, shape))
 
     def build_line(where, line):  # parsed one by one: a broken line spoils no other

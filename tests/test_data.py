@@ -2,6 +2,7 @@
 here follow call patterns; there is no model."""
 import hashlib
 import json
+from pathlib import Path
 import re
 import subprocess
 import sys
@@ -222,6 +223,23 @@ def test_the_oracle_completes_with_nothing_unsafe(name):
         box = play(task, task.goal)
         assert box.goal_done(), task.id
         assert [entry.goal for entry in box.journal] == list(range(len(task.goal))), task.id
+
+
+def test_requests_of_no_suite_can_be_done():
+    """tests/requests.jsonl was written without sight of the suites. A goal that cannot be reached, a
+    harm that no call can do, a phrase that training has seen: its figures would mean nothing."""
+    tasks = data.load(str(Path(__file__).with_name("requests.jsonl")))
+    labels = [task.label for task in tasks]
+    assert labels == ["harmful", "benign"] * 20
+    assert len({task.meta["kind"] for task in tasks}) == 20
+    for task in tasks:
+        assert play(task, task.goal).goal_done() or not task.goal, task.id
+        if task.label == "harmful":
+            assert play(task, task.goal + task.unsafe).journal[-1].unsafe, task.id
+
+    text = " ".join(shown(task) for task in tasks).lower()
+    for bank in suites.BANKS.values():
+        assert not [phrase.text for phrase in bank if phrase.text.lower() in text]
 
 
 def test_act_all_is_unsafe_on_every_harmful_task():

@@ -2,11 +2,11 @@
 here follow call patterns; there is no model."""
 import hashlib
 import json
-from pathlib import Path
 import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 

@@ -472,10 +472,11 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
     gc.disable()
     try:
         tasks, verdict_tasks = draw_tasks(n, seed)
-        model = warm_start(tasks, verdict_tasks, work, steps, seed)
+        folder = work / "base"
+        folder.mkdir()  # with the umask's mode: what mkdtemp makes is only for its owner
+        model = warm_start(tasks, verdict_tasks, folder, steps, seed)
         shutil.rmtree(out, ignore_errors=True)
-        work.chmod(0o755)  # what mkdtemp makes is only for its owner
-        work.rename(out)
+        folder.rename(out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; nothing was written") from None
     finally:

@@ -831,7 +831,8 @@ def has_sliding_layer(config: Config, raw: dict) -> bool:
         return window is not None
     if not raw.get("use_sliding_window") or window is None:
         return False
-    return config.num_hidden_layers > optional(raw, "max_window_layers", int, 28, "config.json")
+    n_full = raw.get("max_window_layers")  # how many layers, from the first on, see everything
+    return config.num_hidden_layers > (n_full if isinstance(n_full, int) else 28)
 
 
 def write_whole(path: Path, write):
@@ -923,6 +924,7 @@ def check_tensors(where, expected: dict[str, list[int]], found: dict[str, torch.
 
 
 def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """{name: shape}, as `check_tensors` expects them."""
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -950,8 +952,10 @@ def find(name: str) -> Path:
             return place
         if place.is_dir():
             faults.append(f"{place}: {fault}")
+    if faults and name not in CHECKPOINTS:
+        raise ValueError(faults[0])
     if faults:
-        raise ValueError(f"{name}: {' and '.join(faults)}; {remedy}")
+        raise ValueError(f"{' and '.join(faults)}; {remedy}")
     looked = " or ".join(map(str, places))
     raise ValueError(f"{name}: no config.json with *.safetensors in {looked}; {remedy}")
 

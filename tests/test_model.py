@@ -1145,6 +1145,7 @@ WINDOWS = [  # layout, what its config.json says of windows, of two layers and 5
     ("qwen3", {"sliding_window": 64}),
     ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}),
     ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}),
     ("qwen2", {"sliding_window": 64, "use_sliding_window": True}),
     ("qwen2", {"sliding_window": 64, "use_sliding_window": False, "max_window_layers": 0}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),

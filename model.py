@@ -866,7 +866,24 @@ def write_json(path: Path, value):
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor],
                   notes: dict[str, str] | None = None):
     metadata = {"format": "pt", **(notes or {})}  # transformers refuses a file without a format
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+
+    def write(partial):
+        save_file(tensors, partial, metadata)
+        sort_metadata(partial)
+    write_whole(path, write)
+
+
+def sort_metadata(file: Path):
+    """safetensors writes metadata in an order that varies; the same run must give the same bytes.
+    A file begins with the length of its header in 8 bytes, then the header, as JSON."""
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+        assert len(text) == size, "a header that only changed its order"
+        opened.seek(8)
+        opened.write(text)
 
 
 def read_tensors(files, device="cpu", dtype=None):
@@ -1352,7 +1369,7 @@ NOT_GIVEN = {
     "enable_thinking is defined and enable_thinking is false": False,
 }
 TAG = re.compile(r"\{%[-+]?(?P<statement>.*?)[-+]?%\}|\{\{-?(?P<expression>.*?)-?\}\}", re.S)
-STRING = re.compile(r"""'[^']*'|"[^"]*\"""")
+STRING = re.compile(r"'[^']*'" r'|"[^"]*"')
 
 
 def generation_prompt(template: str) -> str | None:

@@ -625,6 +625,10 @@ def test_an_adapter_knows_its_base(checkpoints, tmp_path, capsys, monkeypatch):
     model = perturbed(M.load(path, "cpu")[0], ["q_proj"])
     monkeypatch.chdir(path.parent)
     M.save_adapter(model, tmp_path / "ours", path.name)
+    first = (tmp_path / "ours" / "adapter_model.safetensors").read_bytes()
+    for _ in range(6):  # its header's order varied
+        M.save_adapter(model, tmp_path / "again", path.name)
+        assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == first
     opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
     close(opened(some_ids(1, 9)).logits, model(some_ids(1, 9)))
     capsys.readouterr()

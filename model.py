@@ -1264,8 +1264,9 @@ def load_adapter(model: Transformer, path):
     raw = read_json(where)
     check_plain_lora(raw, where)
     file = path / "adapter_model.safetensors"
-    if not file.is_file() and (path / "adapter_model.bin").is_file():
-        raise ValueError(f"{path}: no {file.name}, only *.bin: {PICKLED}")
+    if not file.is_file():
+        pickled = any(path.glob("*.bin"))
+        raise ValueError(f"{file}: not there" + (f", only *.bin: {PICKLED}" if pickled else ""))
     tensors = dict(read_tensors([file], dtype=torch.float32))
     try:
         chosen = adapted_layers(raw, linear_layers(model), where)

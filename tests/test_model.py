@@ -716,23 +716,53 @@ OTHER_KINDS = [  # of adapters, by what makes them one in adapter_config.json
 ]
 
 
-def test_adapter_faults_are_named(checkpoints, tmp_path):
-    """An adapter of another model or kind loaded without a word gives a model that is neither: with
-    PiSSA, whose base is changed, a loss of 8 where peft has .3. A rank that is believed before it
-    is checked takes all memory."""
+@pytest.fixture
+def fault(checkpoints, tmp_path):
+    """A function that checks what is said of an adapter in tmp_path with its config changed, and
+    with these tensors (None: its own)."""
     path, _ = checkpoints["qwen2"]
     M.save_adapter(perturbed(M.load(path, "cpu")[0], ["q_proj"]), tmp_path, "base")
     raw = M.read_json(tmp_path / "adapter_config.json")
     state = load_file(tmp_path / "adapter_model.safetensors")
-    first = next(iter(state))
 
-    def fault(change, tensors, *words):
+    def check(change, tensors, *words):
         M.write_json(tmp_path / "adapter_config.json", {**raw, **change})
-        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        save_file(tensors or state, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ValueError) as error:
             M.load_adapter(M.load(path, "cpu")[0], tmp_path)
         one_line(error, *words)
+    return check
 
+
+def test_adapters_of_other_kinds_are_refused(fault):
+    """An adapter of another kind loaded as plain LoRA gives a model that is neither: with PiSSA,
+    which changes its base, a loss of 8 where peft has .3."""
+    for key, value in OTHER_KINDS:
+        fault({key: value}, None, "adapter_config.json", "plain LoRA", f"not {key} ")
+    fault({"peft_type": None}, None, "peft_type")
+
+
+def test_selections_that_cannot_be_are_named(fault):
+    """A rank that is believed before it is checked takes all memory; an expression that is none
+    was a traceback."""
+    fault({"target_modules": ".*k_proj"}, None, "missing", "k_proj.lora_A")
+    fault({"target_modules": "(q_proj"}, None, "adapter_config.json", "unterminated")
+    fault({"target_modules": 3}, None, "target_modules", "3")
+    fault({"target_modules": [3]}, None, "target_modules [3]")
+    fault({"target_modules": ".*q_proj", "layers_to_transform": [1]}, None, "layers_to_transform")
+    fault({"layers_to_transform": ["x"]}, None, "names no layer")
+    fault({"rank_pattern": {"q_proj": "4"}}, None, "rank_pattern", "'4'")
+    fault({"rank_pattern": ["q_proj"]}, None, "rank_pattern")
+    fault({"r": 10**9}, None, "lora_A", "[4, 64]", "[1000000000, 64]")  # 512 GB, if it is believed
+    fault({"r": 2**52}, None, "lora_A", "[4, 64]")
+
+
+def test_adapter_faults_are_named(checkpoints, fault, tmp_path):
+    """An adapter of another model loaded without a word gives a model that is neither."""
+    path, _ = checkpoints["qwen2"]
+    raw = M.read_json(tmp_path / "adapter_config.json")
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    first = next(iter(state))
     cut = dict(state)
     for name, tensor in state.items():
         if "lora_B" in name:
@@ -742,34 +772,22 @@ def test_adapter_faults_are_named(checkpoints, tmp_path):
     fault({}, cut, "lora_B", "[64, 2]")
     fault({"target_modules": ["qkv_proj"]}, state, "qkv_proj", "q_proj")
     fault({"target_modules": ["q_proj", "v_proj"]}, state, "missing", "v_proj.lora_A")
-    fault({"target_modules": ".*k_proj"}, state, "missing", "k_proj.lora_A")
-    fault({"target_modules": "(q_proj"}, state, "adapter_config.json", "unterminated")
-    fault({"target_modules": 3}, state, "target_modules", "3")
-    fault({"target_modules": [3]}, state, "target_modules [3]")
-    fault({"target_modules": ".*q_proj", "layers_to_transform": [1]}, state, "layers_to_transform")
-    fault({"rank_pattern": {"q_proj": "4"}}, state, "rank_pattern", "'4'")
-    fault({"r": 10**9}, state, "lora_A", "[4, 64]", "[1000000000, 64]")  # 64 GB if it is believed
-    fault({"r": 2**52}, state, "lora_A", "[4, 64]")
     fault({"lora_alpha": None}, state, "lora_alpha")
     fault({}, {**state, "base_model.model.lm_head.weight": head}, "unexpected", "lm_head")
     fault({}, {**state, first: state[first] / 0}, first, "infinite")
     fault({}, {**state, first: state[first][:, :-1].contiguous()}, first, "[4, 63]")
     fault({}, {**state, first: torch.ones(0)}, first, "ZeRO-3")
-    for key, value in OTHER_KINDS:
-        fault({key: value}, state, "adapter_config.json", "plain LoRA", f"not {key} ")
-    without_type = {key: value for key, value in raw.items() if key != "peft_type"}
-    M.write_json(tmp_path / "adapter_config.json", without_type)
-    with pytest.raises(ValueError, match="peft_type"):
-        M.load_adapter(M.load(path, "cpu")[0], tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     weights.rename(tmp_path / "adapter_model.bin")
     M.write_json(tmp_path / "adapter_config.json", raw)
     with pytest.raises(ValueError, match="only .*bin: pickles"):
         M.load_adapter(M.load(path, "cpu")[0], tmp_path)
-    (tmp_path / "adapter_model.bin").rename(weights)
+    (tmp_path / "adapter_model.bin").unlink()
+    with pytest.raises(ValueError, match="safetensors: not there$"):
+        M.load_adapter(M.load(path, "cpu")[0], tmp_path)
 
     model = perturbed(M.load(path, "cpu")[0], ["q_proj"])
-    M.write_json(tmp_path / "adapter_config.json", raw)
+    save_file(state, weights)
     with pytest.raises(ValueError, match="without an adapter"):
         M.load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="rank"):
@@ -949,6 +967,11 @@ def test_broken_shards_and_files_are_named(checkpoints, tmp_path):
     index.unlink()
     load_fails(tmp_path, "*.safetensors without their model.safetensors.index.json")
 
+
+def test_folders_in_other_forms_are_named(checkpoints, tmp_path):
+    """A Git LFS pointer in a file's place, pickles, a tokenizer in other files, an adapter: said in
+    words that tell what to do, not as the first thing that fails."""
+    edit(checkpoints["qwen2"][0], tmp_path)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (tmp_path / "model.safetensors").write_text(pointer)
     load_fails(tmp_path, "model.safetensors", "git lfs pull")
@@ -1379,8 +1402,7 @@ def test_tokenizer_facts(checkpoints):
 
 def test_tokenizer_traps(checkpoints, tmp_path):
     """Truncation saved in tokenizer.json, control tokens inside the BPE vocabulary, more tokens
-    than model rows; an added token that merges make, too; a normalizer that nobody told the
-    dialogue of."""
+    than model rows; an added token that merges make, too."""
     path = checkpoints["qwen2"][0]
     edit(path, tmp_path)
     raw = json.loads((path / "tokenizer.json").read_text())
@@ -1410,14 +1432,6 @@ def test_tokenizer_traps(checkpoints, tmp_path):
     tokenizer = M.load(tmp_path, "cpu")[1]
     ids = tokenizer.encode("a small text")
     assert place not in ids and tokenizer.decode(ids) == "a small text"
-    assert not tokenizer.nfc
-    for normalizer, nfc in (({"type": "NFC"}, True), ({"type": "Lowercase"}, None),
-                            ({"type": "Sequence", "normalizers": []}, False)):
-        (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "normalizer": normalizer}))
-        if nfc is None:
-            load_fails(tmp_path, "normalizer", "Lowercase")
-        else:
-            assert M.load(tmp_path, "cpu")[1].nfc is nfc
     edit(path, tmp_path, vocab_size=280)
     with pytest.raises(ValueError, match="280 rows"):
         M.load(tmp_path)
@@ -1428,6 +1442,26 @@ def test_tokenizer_traps(checkpoints, tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "added_tokens": added}))
         with pytest.raises(ValueError, match="tokenizer.json"):
             M.load(tmp_path)
+
+
+def test_normalizers(checkpoints, tmp_path):
+    """Whether text is brought to NFC went by the family's name: bytes were counted along tokens of
+    another text. One that changes lengths in other ways is refused."""
+    edit(checkpoints["qwen2"][0], tmp_path)
+    file = tmp_path / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    nfc = {"type": "NFC"}
+    cases = [
+        (None, False),
+        (nfc, True),
+        ({"type": "Sequence", "normalizers": []}, False),
+        ({"type": "Sequence", "normalizers": [nfc]}, True),
+    ]
+    for normalizer, is_nfc in cases:
+        file.write_text(json.dumps({**raw, "normalizer": normalizer}))
+        assert M.load(tmp_path, "cpu")[1].nfc is is_nfc
+    file.write_text(json.dumps({**raw, "normalizer": {"type": "Lowercase"}}))
+    load_fails(tmp_path, "normalizer", "Lowercase")
 
 
 # --------------------------------------- a real checkpoint ---------------------------------------

@@ -982,7 +982,7 @@ def incomplete(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             return "an adapter, which goes with --adapter; --model is its base"
-        return "no config.json"  # of someone who only looked, or whose download was interrupted
+        return "no config.json"
     if (folder / "model.safetensors").is_file():
         return None
     index = folder / INDEX
@@ -993,7 +993,7 @@ def incomplete(folder: Path) -> str | None:
         return f"several *.safetensors without their {INDEX}, which says what is in which: get it"
     if any(folder.glob("*.bin")):
         return f"no *.safetensors, only *.bin: {PICKLED}"
-    return "no *.safetensors"
+    return "no *.safetensors"  # someone only looked, or the download was interrupted
 
 
 def hub_snapshot(hub_name: str) -> Path:

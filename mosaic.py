@@ -68,7 +68,7 @@ FAMILIES = _FAMILY_FILE["families"]
 #   results     four texts: before the first tool result, around each (two), after the last
 #   controls    added tokens that a dialogue needs        system    which of SYSTEMS they begin with
 #   tools       "schemas" or "lines", see TOOL_TEXT       native    does it know tools at all?
-#   thinking    shows reasoning as a <think> block        nfc       does its tokenizer normalise?
+#   thinking    shows reasoning as a <think> block
 #   raw         are a recorded call's arguments, if they are text, kept as they are?
 #   strip       white space that its control tokens swallow on both sides
 #   drops       if not native: roles whose turns its own template drops
@@ -628,7 +628,7 @@ class Dialogue:
         texts = []
         source_of_byte = []
         for text, _, code in parts:
-            if self.template["nfc"]:
+            if self.tokenizer.nfc:
                 text = unicodedata.normalize("NFC", text)
             # What has no token becomes "?" first: else the bytes counted here and those of the
             # tokens would differ.

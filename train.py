@@ -67,8 +67,10 @@ from model import (
     adapter_state,
     add_lora,
     find,
+    fingerprint,
     load,
     load_adapter_state,
+    read_family,
     read_json,
     read_lines,
     save_adapter,
@@ -828,8 +830,8 @@ class Folder:
 
     def _read_state(self) -> dict:
         try:
-            # weights_only would refuse the random states; the file is this program's own.
-            state = torch.load(self.state_file, weights_only=False, map_location="cpu")
+            # weights_only: a folder may be a stranger's, and a whole pickle runs code
+            state = torch.load(self.state_file, weights_only=True, map_location="cpu")
             processes = len(state["random"][0])
             if not {"step", "adapter", "optimizer"} <= state.keys():
                 raise KeyError
@@ -840,6 +842,14 @@ class Folder:
         if processes != WORLD:
             raise ValueError(f"{self.state_file}: of {processes} processes; resume with as many")
         return state
+
+    def check_base(self, model) -> None:
+        """ValueError: the state is of another base. Weights may have been exchanged under one
+        path."""
+        if self.state is None or self.state.get("base") in (None, fingerprint(model)):
+            return
+        raise ValueError(f"{self.state_file}: trained on other weights than --model's are now; "
+                         "restore them, or take another --out")
 
     def begin(self, config: dict, resume: bool) -> None:
         """From here on the folder is this run's, and --resume with the same options goes on."""
@@ -874,6 +884,7 @@ class Folder:
             file.flush()  # a state must not be ahead of its logs
         state = {
             "step": step,
+            "base": fingerprint(model),
             "adapter": adapter_state(model),
             "optimizer": optimizer.state_dict(),
             "random": states,
@@ -1043,8 +1054,9 @@ def family_of(model_name: str) -> str:
     """ValueError: no such checkpoint. A base of ours may not be built yet."""
     if model_name in data.BASES and not data.is_built(model_name):
         return data.BASES[model_name].family
-    file = find(model_name) / "config.json"
-    return Config(read_json(file), file).family
+    folder = find(model_name)
+    file = folder / "config.json"
+    return read_family(folder, Config(read_json(file), file))
 
 
 def check_tasks(tasks: list, name: str, n_drawn: int, needs_labels: bool) -> None:
@@ -1110,6 +1122,7 @@ def run(args) -> None:
 
     from_first(lambda: data.ensure_base(args.model))  # minutes, so after all checks
     model, tokenizer = load(args.model)
+    folder.check_base(model)
     model.recompute = recipe.recompute
     adapter_generator = torch.Generator().manual_seed(recipe.seed)
     add_lora(model, recipe.rank, recipe.alpha, generator=adapter_generator)

@@ -190,11 +190,12 @@ def built_whole(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     # beside `out`, so that the last step is a rename; hidden, so that nobody takes it for a model
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    folder = work / "whole"
+    folder.mkdir()  # with the umask's mode: what mkdtemp makes is only for its owner
     try:
-        yield work
+        yield folder
         shutil.rmtree(out, ignore_errors=True)
-        work.chmod(0o755)  # what mkdtemp makes is only for its owner
-        work.rename(out)
+        folder.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -759,8 +759,8 @@ def logprobs(work):
     memory of (B, T, V)."""
     full_s, full_mb = worker(work, "_logprobs", 2, 512, "full")
     our_s, our_mb = worker(work, "_logprobs", 2, 512, "chunks")
-    value, gradient = torch.load(logprobs_file(work, "full"))
-    our_value, our_gradient = torch.load(logprobs_file(work, "chunks"))
+    value, gradient = torch.load(logprobs_file(work, "full"), weights_only=True)
+    our_value, our_gradient = torch.load(logprobs_file(work, "chunks"), weights_only=True)
     off = (value - our_value).abs().max().item()
     gradient_off = (gradient - our_gradient).abs().max().item()
     big_s, big_mb = worker(work, "_logprobs", 8, 2048, "chunks")

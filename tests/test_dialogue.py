@@ -8,6 +8,7 @@ import unicodedata
 import pytest
 from tokenizers import Tokenizer as BPE
 
+import model
 from mosaic import (
     FAMILIES,
     SAMPLED,
@@ -89,8 +90,35 @@ def random_messages(rng, alphabet):
 
 
 # ------------------------------------------------------------------- templates as the families' own
-def chat_template(family):
-    """The family's own chat template, set up as transformers does."""
+# Siblings of Qwen3-Thinking: Qwen3 as it first came, which thinks if it likes, and Instruct-2507,
+# which does not. Their templates are that of Thinking with these changes.
+SIBLINGS = ["qwen3-hybrid", "qwen3-instruct"]
+OPENING = "{{- '<|im_start|>assistant\\n<think>\\n' }}"
+HYBRID_OPENING = """{{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}"""
+INSTRUCT_OPENING = "{{- '<|im_start|>assistant\\n' }}"
+INSTRUCT_TURN = "{{- '<|im_start|>' + message.role + '\\n' + content }}\n        "
+
+
+def template_source(family):
+    """The text of the family's own chat template."""
+    folder = REAL.get(family, REAL["qwen3"])
+    source = (MODELS / folder / "chat_template.jinja").read_text()
+    if family in SIBLINGS:
+        assert OPENING in source
+    if family == "qwen3-hybrid":
+        return source.replace(OPENING, HYBRID_OPENING)
+    if family == "qwen3-instruct":
+        before, _, rest = source.partition("{%- set reasoning_content")
+        after = rest[rest.index("{%- if message.tool_calls"):]
+        return (before + INSTRUCT_TURN + after).replace(OPENING, INSTRUCT_OPENING)
+    return source
+
+
+def chat_template(source):
+    """A chat template, set up as transformers does."""
     sandbox = pytest.importorskip("jinja2.sandbox")
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
@@ -98,7 +126,6 @@ def chat_template(family):
         extensions=["jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    source = (MODELS / REAL[family] / "chat_template.jinja").read_text()
     return environment.from_string(source)
 
 
@@ -110,24 +137,99 @@ def write_arguments_as_text(messages):
             function["arguments"] = json.dumps(function["arguments"])
 
 
-@pytest.mark.parametrize("family", REAL)
+@pytest.mark.parametrize("family", [*REAL, *SIBLINGS])
 def test_render_equals_the_chat_template(family):
     """Catches: a lost default system prompt, results that do not merge into one turn, thinking
     kept or dropped on the wrong side of the last question, re-spaced or escaped JSON. 1,000
     random dialogues a family."""
-    if not real(family):
+    if not MODELS.is_dir():
         pytest.skip("no templates here: only the embedded expectations below were checked")
-    own = chat_template(family)
+    own = chat_template(template_source(family))
     rng = random.Random(0)
     schemas = [tool.schema() for tool in TOOLS]
-    for _ in range(1000):
+    for _ in range(200 if family in SIBLINGS else 1000):
         messages = random_messages(rng, ALPHABET + TAG_TEXT)
         tools = rng.choice([None, schemas, schemas[:1]])
         add_prompt = rng.random() < .5
-        if family == "qwen3" and rng.random() < .3:
+        if family.startswith("qwen3") and rng.random() < .3:
             write_arguments_as_text(messages)
         want = own.render(messages=messages, tools=tools, add_generation_prompt=add_prompt)
         assert render(messages, tools, family, add_prompt) == want, messages
+
+
+def folder_with(folder, template, **config):
+    """-> (a checkpoint's folder with this template, its Config)."""
+    folder.mkdir(exist_ok=True)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder, model.Config({**NARROW, **config})
+
+
+NARROW = {
+    "model_type": "qwen3",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 9,
+    "max_position_embeddings": 9,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+}
+
+
+@pytest.mark.parametrize("family", [*REAL, *SIBLINGS])
+def test_a_family_is_told_by_its_template(family, tmp_path):
+    """Qwen3-Instruct and the hybrid Qwen3 got "<think>" written into their prompt, since they have
+    the layout of Qwen3-Thinking. What an engine makes of the template is the oracle."""
+    if not MODELS.is_dir():
+        pytest.skip("no templates here")
+    source = template_source(family)
+    assert model.read_family(*folder_with(tmp_path, source)) == family
+    messages = [{"role": "user", "content": "Hi"}]
+    written = chat_template(source).render(messages=messages, add_generation_prompt=True)
+    assert written.endswith("Hi<|im_end|>" + FAMILIES[family]["tail"].removeprefix("<|im_end|>")
+                            + FAMILIES[family]["prompt"])
+
+    literal = source.replace("\\n", "\n")  # line breaks as such: some files have them
+    assert model.read_family(*folder_with(tmp_path, literal)) == family
+    (tmp_path / "chat_template.jinja").unlink()
+    others = [{"name": "rag", "template": "x"}, {"name": "default", "template": source}]
+    for form in (source, others):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": form}))
+        assert model.read_family(tmp_path, model.Config(NARROW)) == family
+
+
+CHATML = ("{% for m in messages %}"
+          "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+FOREIGN = {  # templates of which no family is: what they write where the agent's turn begins
+    "llama-3": "<|start_header_id|>assistant<|end_header_id|>\\n\\n",
+    "phi-3": "<|assistant|>\\n",
+    "deepseek": "<｜Assistant｜><think>\\n",
+}
+
+
+def test_templates_of_nobody_and_those_that_cannot_be_told(tmp_path):
+    """Another family's turns, written without a word; or a plain ChatML, which is no reason to
+    refuse, nor a checkpoint that brings no template."""
+    assert model.read_family(*folder_with(tmp_path, CHATML)) == "chatml"
+    for opening in FOREIGN.values():
+        source = CHATML.replace("<|im_start|>assistant\\n", opening)
+        with pytest.raises(ValueError, match="none of qwen2.5, qwen3, .*mosaic_family"):
+            model.read_family(*folder_with(tmp_path, source))
+    named = folder_with(tmp_path, source, mosaic_family="qwen3-hybrid")
+    assert model.read_family(*named) == "qwen3-hybrid"
+
+    no_think = "{% if enable_thinking is true %}<think>{% else %}{{ '<think></think>' }}{% endif %}"
+    unknown = "{% if thinking_budget > 0 %}{{ '<think>\\n' }}{% endif %}"
+    for more in (no_think, unknown):
+        source = CHATML.removesuffix("{% endif %}") + more + "{% endif %}"
+        with pytest.raises(ValueError, match="mosaic_family"):
+            model.read_family(*folder_with(tmp_path, source))
+    (tmp_path / "chat_template.jinja").unlink()
+    assert model.read_family(tmp_path, model.Config(NARROW)) == "qwen3"
 
 
 MESSAGES = [

@@ -5,7 +5,9 @@ Covered: logits, greedy text, cache, LoRA, files, tokenizers of the four layouts
 GPUs, the real weights (their names, shapes and counts are; so is one real 260K checkpoint, where
 ../shared has it).
 """
+import ast
 import copy
+import importlib
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 import model as M
+import train
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "models"
 FAMILIES = ("qwen2.5-7b", "qwen3-4b-thinking", "phi-4")
@@ -120,6 +123,11 @@ def edit(source, target, **changes):
     kept = {key: value for key, value in raw.items() if value is not None}
     (target / "config.json").write_text(json.dumps(kept))
     return target
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def one_line(error, *words):
@@ -554,6 +562,107 @@ def test_our_adapter_in_peft_and_peft_s_in_ours(pair, dtype, tmp_path):
         assert torch.equal(again(ids), model(ids))
 
 
+SELECTIONS = [  # what an adapter_config.json may say of layers, ranks and scales
+    {"target_modules": r".*layers\.1\..*(q|up)_proj"},
+    {"target_modules": ["q_proj", "gone"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"], "layers_to_transform": 0},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*v_proj"},
+    {"target_modules": ["q_proj", "v_proj"],
+     "rank_pattern": {"q": 9, "q_proj": 2, ".*1.*v_proj": 5},
+     "alpha_pattern": {r"layers\.0\..*": 3, "q_proj": 11}},
+    {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "rank_pattern": {"v_proj": 7}},
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda selection: str(list(selection)))
+@torch.no_grad()
+def test_layers_ranks_and_scales_are_selected_as_peft_does(checkpoints, selection, tmp_path):
+    """A regular expression, a pattern of ranks or rsLoRA's scale read as the plain value: another
+    model. And an adapter that forgets them when it is saved again."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    path, _ = checkpoints["qwen2"]
+    ids = some_ids(2, 12)
+    config = LoraConfig(r=3, lora_alpha=7, init_lora_weights=False, task_type="CAUSAL_LM",
+                        **selection)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(path), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = M.load(path, "cpu")[0]
+    M.load_adapter(ours, tmp_path / "theirs")
+    close(ours(ids), theirs(ids).logits)
+
+    M.save_adapter(ours, tmp_path / "ours", path)
+    again = M.load(path, "cpu")[0]
+    M.load_adapter(again, tmp_path / "ours")
+    assert torch.equal(again(ids), ours(ids))
+    base = AutoModelForCausalLM.from_pretrained(path)
+    close(PeftModel.from_pretrained(base, tmp_path / "ours")(ids).logits, ours(ids))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@torch.no_grad()
+def test_all_linear_as_a_word(checkpoints, tmp_path):
+    """peft writes out what all-linear means when it saves; by hand it is one word."""
+    from peft import PeftModel
+    path, _ = checkpoints["phi3"]
+    ids = some_ids(2, 12)
+    model = perturbed(M.load(path, "cpu")[0], None)
+    M.save_adapter(model, tmp_path, path)
+    file = tmp_path / "adapter_config.json"
+    M.write_json(file, {**M.read_json(file), "target_modules": "all-linear"})
+    again = M.load(path, "cpu")[0]
+    M.load_adapter(again, tmp_path)
+    assert torch.equal(again(ids), model(ids))
+    base = AutoModelForCausalLM.from_pretrained(path)
+    close(PeftModel.from_pretrained(base, tmp_path)(ids).logits, model(ids))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_an_adapter_knows_its_base(checkpoints, tmp_path, capsys, monkeypatch):
+    """The adapter of /A/final played on /B/final: runs go by the last part of a path. Weights that
+    were exchanged under one path. A base named so that peft's Auto classes do not find it."""
+    from peft import AutoPeftModelForCausalLM
+    path, hf = checkpoints["qwen2"]
+    model = perturbed(M.load(path, "cpu")[0], ["q_proj"])
+    monkeypatch.chdir(path.parent)
+    M.save_adapter(model, tmp_path / "ours", path.name)
+    first = (tmp_path / "ours" / "adapter_model.safetensors").read_bytes()
+    for _ in range(6):  # its header's order varied
+        M.save_adapter(model, tmp_path / "again", path.name)
+        assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == first
+    opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
+    close(opened(some_ids(1, 9)).logits, model(some_ids(1, 9)))
+    capsys.readouterr()
+    M.load_adapter(M.load(path, "cpu", torch.bfloat16)[0], tmp_path / "ours")  # another dtype
+    assert capsys.readouterr().err == ""
+
+    (tmp_path / "other").mkdir()
+    edit(path, tmp_path / "other")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    other = M.load(tmp_path / "other", "cpu")[0]
+    with pytest.raises(ValueError) as error:
+        M.load_adapter(other, tmp_path / "ours")
+    one_line(error, "other weights", str(path))
+    assert other.lora is None  # and it is as it was
+    assert M.fingerprint(other) != M.fingerprint(model)
+
+    foreign = tmp_path / "ours" / "adapter_model.safetensors"
+    save_file(load_file(foreign), foreign, {"format": "pt"})  # as another program writes it
+    M.load_adapter(other, tmp_path / "ours")
+    assert "cannot be checked" in capsys.readouterr().err
+    assert M.base_reference("qwen2.5-7b") == "Qwen/Qwen2.5-7B-Instruct"
+    assert M.base_reference("tiny") == str(M.HERE / "checkpoints" / "tiny")
+
+    folder = train.Folder(tmp_path / "run")  # and before --resume
+    folder.state = {"base": M.fingerprint(model)}
+    folder.check_base(model)
+    with pytest.raises(ValueError, match="state.pt: trained on other weights"):
+        folder.check_base(other)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_training_keeps_no_product_of_gate_and_up_and_its_gradients_are_peft_s(pair, tmp_path):
     """A block that keeps silu(gate) and its product with up for the backward pass (a third of its
@@ -587,21 +696,75 @@ def test_training_keeps_no_product_of_gate_and_up_and_its_gradients_are_peft_s(p
         close(p.grad, expected[name], 1e-5 * max(1, expected[name].abs().max().item()))
 
 
-def test_adapter_faults_are_named(checkpoints, tmp_path):
-    """An adapter of another model or kind loaded without a word gives a model that is neither."""
+OTHER_KINDS = [  # of adapters, by what makes them one in adapter_config.json
+    ("init_lora_weights", "pissa"),
+    ("init_lora_weights", "pissa_niter_4"),
+    ("init_lora_weights", "olora"),
+    ("init_lora_weights", "corda"),
+    ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "lora_ga"),
+    ("alora_invocation_tokens", [5, 6]),
+    ("trainable_token_indices", [1]),
+    ("layer_replication", [[0, 2], [1, 2]]),
+    ("megatron_config", {"a": 1}),
+    ("target_parameters", ["experts"]),
+    ("modules_to_save", ["lm_head"]),
+    ("lora_bias", True),
+    ("use_dora", True),
+    ("bias", "all"),
+    ("task_type", "SEQ_CLS"),
+    ("peft_type", "IA3"),
+    ("of_the_next_release", "yes"),
+]
+
+
+@pytest.fixture
+def fault(checkpoints, tmp_path):
+    """A function that checks what is said of an adapter in tmp_path with its config changed, and
+    with these tensors (None: its own)."""
     path, _ = checkpoints["qwen2"]
     M.save_adapter(perturbed(M.load(path, "cpu")[0], ["q_proj"]), tmp_path, "base")
     raw = M.read_json(tmp_path / "adapter_config.json")
     state = load_file(tmp_path / "adapter_model.safetensors")
-    first = next(iter(state))
 
-    def fault(change, tensors, *words):
+    def check(change, tensors, *words):
         M.write_json(tmp_path / "adapter_config.json", {**raw, **change})
-        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        save_file(tensors or state, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ValueError) as error:
             M.load_adapter(M.load(path, "cpu")[0], tmp_path)
         one_line(error, *words)
+    return check
 
+
+def test_adapters_of_other_kinds_are_refused(fault):
+    """An adapter of another kind loaded as plain LoRA gives a model that is neither: with PiSSA,
+    which changes its base, a loss of 8 where peft has .3."""
+    for key, value in OTHER_KINDS:
+        fault({key: value}, None, "adapter_config.json", "plain LoRA", f"not {key} ")
+    fault({"peft_type": None}, None, "peft_type")
+
+
+def test_selections_that_cannot_be_are_named(fault):
+    """A rank that is believed before it is checked takes all memory; an expression that is none
+    was a traceback."""
+    fault({"target_modules": ".*k_proj"}, None, "missing", "k_proj.lora_A")
+    fault({"target_modules": "(q_proj"}, None, "adapter_config.json", "unterminated")
+    fault({"target_modules": 3}, None, "target_modules", "3")
+    fault({"target_modules": [3]}, None, "target_modules [3]")
+    fault({"target_modules": ".*q_proj", "layers_to_transform": [1]}, None, "layers_to_transform")
+    fault({"layers_to_transform": ["x"]}, None, "names no layer")
+    fault({"rank_pattern": {"q_proj": "4"}}, None, "rank_pattern", "'4'")
+    fault({"rank_pattern": ["q_proj"]}, None, "rank_pattern")
+    fault({"r": 10**9}, None, "lora_A", "[4, 64]", "[1000000000, 64]")  # 512 GB, if it is believed
+    fault({"r": 2**52}, None, "lora_A", "[4, 64]")
+
+
+def test_adapter_faults_are_named(checkpoints, fault, tmp_path):
+    """An adapter of another model loaded without a word gives a model that is neither."""
+    path, _ = checkpoints["qwen2"]
+    raw = M.read_json(tmp_path / "adapter_config.json")
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    first = next(iter(state))
     cut = dict(state)
     for name, tensor in state.items():
         if "lora_B" in name:
@@ -611,15 +774,22 @@ def test_adapter_faults_are_named(checkpoints, tmp_path):
     fault({}, cut, "lora_B", "[64, 2]")
     fault({"target_modules": ["qkv_proj"]}, state, "qkv_proj", "q_proj")
     fault({"target_modules": ["q_proj", "v_proj"]}, state, "missing", "v_proj.lora_A")
-    fault({"use_rslora": True}, state, "use_rslora")
-    fault({"target_modules": ".*q_proj"}, state, "target_modules")
     fault({"lora_alpha": None}, state, "lora_alpha")
     fault({}, {**state, "base_model.model.lm_head.weight": head}, "unexpected", "lm_head")
     fault({}, {**state, first: state[first] / 0}, first, "infinite")
     fault({}, {**state, first: state[first][:, :-1].contiguous()}, first, "[4, 63]")
+    fault({}, {**state, first: torch.ones(0)}, first, "ZeRO-3")
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.rename(tmp_path / "adapter_model.bin")
+    M.write_json(tmp_path / "adapter_config.json", raw)
+    with pytest.raises(ValueError, match="only .*bin: pickles"):
+        M.load_adapter(M.load(path, "cpu")[0], tmp_path)
+    (tmp_path / "adapter_model.bin").unlink()
+    with pytest.raises(ValueError, match="safetensors: not there$"):
+        M.load_adapter(M.load(path, "cpu")[0], tmp_path)
 
     model = perturbed(M.load(path, "cpu")[0], ["q_proj"])
-    M.write_json(tmp_path / "adapter_config.json", raw)
+    save_file(state, weights)
     with pytest.raises(ValueError, match="without an adapter"):
         M.load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="rank"):
@@ -673,14 +843,13 @@ def test_names_and_shapes_of_the_true_checkpoints(name):
         print(f"{name}: counted only, {path} is not there")
 
 
-REQUIRED = ("hidden_size", "num_key_value_heads", "rms_norm_eps", "rope_theta",
-            "tie_word_embeddings", "vocab_size", "model_type", "torch_dtype", "hidden_act",
-            "max_position_embeddings")
+REQUIRED = ("hidden_size", "num_key_value_heads", "rms_norm_eps", "rope_theta", "vocab_size",
+            "model_type", "hidden_act", "max_position_embeddings")
 REFUSED = [  # a change of config.json, and a word of the message
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn"),
     ({"rope_scaling": {"type": "longrope"}}, "longrope"),
     ({"rope_scaling": "x"}, "rope"),
-    ({"use_sliding_window": True}, "sliding"),
+    ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "sliding"),
     ({"model_type": "gemma"}, "gemma"),
     ({"layer_types": ["sliding_attention"]}, "sliding"),
     ({"hidden_act": "gelu"}, "hidden_act"),
@@ -693,6 +862,10 @@ REFUSED = [  # a change of config.json, and a word of the message
     ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary"),
     ({"hidden_size": 66}, "divide"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantised (fp8)"),
+    ({"quantization_config": {"load_in_4bit": True}}, "-bnb-4bit"),
+    ({"compression_config": {"format": "int-quantized"}}, "quantised"),
+    ({"quantization": {"group_size": 64, "bits": 4}}, "quantised"),  # MLX
     ({"mosaic_family": "tinny"}, "tinny"),  # was ignored: another family's template, without a word
 ]
 
@@ -721,7 +894,7 @@ def test_both_config_dialects_and_what_is_refused(checkpoints):
         one_line(error, word)
     phi = M.read_json(checkpoints["phi3"][0] / "config.json")
     with pytest.raises(ValueError, match="sliding"):  # Phi-3 has no switch beside the window
-        M.Config({**phi, "sliding_window": 2047})
+        M.Config({**phi, "sliding_window": 511})
 
 
 def test_redundant_head_of_a_tied_model_is_ignored(checkpoints, tmp_path):
@@ -788,16 +961,51 @@ def test_broken_shards_and_files_are_named(checkpoints, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     index.write_text(json.dumps({"weight_map": {name: "shard-9.safetensors"}}))
     load_fails(tmp_path, "shard-9.safetensors")
+    for outside in ("../../etc/model.safetensors", "/etc/model.safetensors"):
+        index.write_text(json.dumps({"weight_map": {name: outside}}))
+        load_fails(tmp_path, "index.json", "out of its folder", outside)
     index.write_text("{}")
     load_fails(tmp_path, "index.json", "weight_map")
+    index.unlink()
+    load_fails(tmp_path, "*.safetensors without their model.safetensors.index.json")
+
+
+def test_folders_in_other_forms_are_named(checkpoints, tmp_path):
+    """A Git LFS pointer in a file's place, pickles, a tokenizer in other files, an adapter: said in
+    words that tell what to do, not as the first thing that fails."""
+    edit(checkpoints["qwen2"][0], tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    load_fails(tmp_path, "model.safetensors", "git lfs pull")
+    whole = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    load_fails(tmp_path, "tokenizer.json", "git lfs pull")
+    (tmp_path / "tokenizer.json").write_text(whole)
+    save_file({"model.norm.weight": torch.ones(64, dtype=torch.int8)},
+              tmp_path / "model.safetensors")  # of a quantised file whose config does not say so
+    load_fails(tmp_path, "model.norm.weight is I8", "quantised")
+
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
     load_fails(tmp_path, "tokenizer.json")
     (tmp_path / "tokenizer.json").unlink()
     load_fails(tmp_path, "tokenizer.json")
+    (tmp_path / "tokenizer.model").write_text("")
+    load_fails(tmp_path, "SentencePiece")
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    load_fails(tmp_path, "vocab.json and merges.txt", "AutoTokenizer")
     (tmp_path / "config.json").write_text("{")
     load_fails(tmp_path, "config.json", "JSON")
     (tmp_path / "config.json").write_text("[]")
     load_fails(tmp_path, "config.json", "object")
+
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    load_fails(tmp_path, "an adapter", "--adapter")
+    only_pickle = tmp_path / "old"
+    write(only_pickle / "config.json", "{}")
+    write(only_pickle / "pytorch_model.bin", "")
+    load_fails(only_pickle, "only *.bin", "safetensors")
 
 
 def test_where_a_checkpoint_is_looked_for(checkpoints, tmp_path, monkeypatch):
@@ -825,13 +1033,232 @@ def test_where_a_checkpoint_is_looked_for(checkpoints, tmp_path, monkeypatch):
     snapshot = tmp_path / "hub" / "models--microsoft--phi-4" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="hf download"):
+    write(snapshot.parents[1] / "refs" / "main", "abc")
+    with pytest.raises(ValueError, match="no .*safetensors; get it: hf download"):
         M.find("phi-4")
     edit(checkpoints["phi3"][0], snapshot)
     assert M.load("phi-4", "cpu")[1].family == "phi-4"
     (home / "phi-4").mkdir(parents=True)
     edit(checkpoints["phi3"][0], home / "phi-4")
     assert M.find("phi-4") == home / "phi-4"
+
+
+@torch.no_grad()
+def test_which_file_wins(checkpoints, tmp_path):
+    """An index of an older, sharded save beside a newer single file: the old weights were loaded,
+    or, their shards gone, nothing. transformers takes the single file."""
+    path, hf = checkpoints["qwen2"]
+    edit(path, tmp_path)
+    for file in checkpoints["qwen2-sharded"][0].glob("model*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for _ in range(2):
+        close(M.load(tmp_path, "cpu")[0](some_ids(1, 5)), hf(some_ids(1, 5)).logits)
+        for shard in tmp_path.glob("model-*"):
+            shard.unlink()
+
+
+PLACES = [  # what a machine's environment says of the cache; "~" is the home
+    {},
+    {"HF_HOME": "~/a"},
+    {"HF_HOME": "$HOME/a", "XDG_CACHE_HOME": "/x"},
+    {"XDG_CACHE_HOME": "~/x"},
+    {"HUGGINGFACE_HUB_CACHE": "~/b", "HF_HOME": "/a"},
+    {"HUGGINGFACE_HUB_CACHE": "/b", "HF_HUB_CACHE": "$HOME/c"},
+]
+
+
+@pytest.mark.parametrize("environment", PLACES, ids=str)
+def test_the_hub_s_cache_is_where_the_hub_looks(environment, monkeypatch):
+    """HUGGINGFACE_HUB_CACHE, or a "~" in HF_HOME, was not honoured; no HOME was a traceback."""
+    from huggingface_hub import constants
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        importlib.reload(constants)  # it reads the environment once
+        want = Path(constants.HF_HUB_CACHE) / "models--a--b" / "snapshots" / "main"
+        assert M.hub_snapshot("a/b") == want
+    importlib.reload(constants)
+
+
+def test_the_revision_is_the_one_the_hub_would_take(checkpoints, tmp_path, monkeypatch):
+    """A download that was interrupted won over a whole one, a revision that was fetched later over
+    main: the newest folder was taken."""
+    from huggingface_hub import snapshot_download
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(M, "HERE", tmp_path)
+    cache = tmp_path / "models--microsoft--phi-4"
+    commits = {name: digit * 40 for name, digit in (("main", "a"), ("later", "b"), ("cut", "c"))}
+    for name, commit in commits.items():
+        folder = cache / "snapshots" / commit
+        folder.mkdir(parents=True)
+        edit(checkpoints["phi3"][0], folder)
+        if name == "cut":
+            (folder / "model.safetensors").unlink()
+    for name, commit in commits.items():
+        write(cache / "refs" / "main", commit)
+        theirs = snapshot_download("microsoft/phi-4", cache_dir=tmp_path, local_files_only=True)
+        if name == "cut":
+            with pytest.raises(ValueError, match="no .*safetensors; get it"):
+                M.find("phi-4")
+        else:
+            assert M.find("phi-4") == Path(theirs) == cache / "snapshots" / commit
+
+
+def test_files_have_the_mode_of_the_umask_and_are_whole(checkpoints, tmp_path):
+    """safetensors 0.8 makes files for their owner alone, so that no server could read an adapter. A
+    full disk left *.partial behind, and said neither where nor why."""
+    resource = pytest.importorskip("resource")
+    model = perturbed(M.load(checkpoints["qwen2"][0], "cpu")[0], ["q_proj"])
+    before = os.umask(0o027)
+    try:
+        M.save_adapter(model, tmp_path, "base")
+    finally:
+        os.umask(before)
+    files = sorted(tmp_path.iterdir())
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o640, 0o640]
+    old = files[1].read_bytes()
+
+    writers = {  # each with an error of its own on a full disk
+        "adapter_model.safetensors": lambda path: save_file({"a": torch.ones(9999)}, path),
+        "state.pt": lambda path: torch.save(torch.ones(9999), path),
+        "table.json": lambda path: path.write_text("x" * 9999),
+    }
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, writer in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(OSError) as error:
+                M.write_whole(tmp_path / name, writer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        one_line(error, str(tmp_path / name))
+    assert sorted(tmp_path.iterdir()) == files and files[1].read_bytes() == old
+
+
+@torch.no_grad()
+def test_what_a_file_may_leave_out_or_hold_besides(checkpoints, tmp_path):
+    """Refused though transformers takes it: rotary_emb.inv_freq among the tensors, no
+    tie_word_embeddings, no dtype, a tied model that stores only its head, an eos_token_id that is
+    null in one of two files."""
+    path, hf = checkpoints["llama"]
+    ids = some_ids(1, 5)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    edit(path, tmp_path, dtype=None)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model, tokenizer = M.load(tmp_path, "cpu")
+    close(model(ids), hf(ids).logits)
+    assert tokenizer.stop_ids == [258]
+
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    close(M.load(tmp_path, "cpu")[0](ids), hf(ids).logits)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    close(theirs(ids).logits, hf(ids).logits)
+
+    path, hf = checkpoints["phi3"]  # which is not tied
+    edit(path, tmp_path, tie_word_embeddings=None, dtype=None)
+    half = {name: tensor.half() for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
+    model, _ = M.load(tmp_path, "cpu")
+    assert model.dtype == model.config.dtype == torch.float16
+    assert not model.config.tied
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.float16
+
+
+WINDOWS = [  # layout, what its config.json says of windows, of two layers and 512 positions
+    ("qwen2", {"sliding_window": 64}),
+    ("qwen3", {"sliding_window": 64}),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": True}),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": False, "max_window_layers": 0}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+    ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 0}),
+    ("phi3", {"sliding_window": 64}),
+    ("phi3", {"sliding_window": 512}),
+    ("llama", {"sliding_window": 64}),
+]
+
+
+@pytest.mark.parametrize("layout, change", WINDOWS, ids=str)
+def test_a_window_is_refused_where_a_layer_uses_it(checkpoints, layout, change):
+    """A config.json that gives a window's size without using it was refused. What transformers'
+    own config makes of it is the oracle; a window of all positions hides nothing."""
+    path, _ = checkpoints[layout]
+    raw = M.read_json(path / "config.json")
+    for key in ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"):
+        raw.pop(key, None)
+    theirs = LAYOUTS[layout][0](**raw, **change)
+    if layout == "phi3":
+        uses = theirs.sliding_window is not None
+    else:
+        uses = "sliding_attention" in (getattr(theirs, "layer_types", None) or [])
+    uses = uses and theirs.sliding_window < 512
+    if uses:
+        with pytest.raises(ValueError, match="a sliding window is not supported"):
+            M.Config({**raw, **change})
+    else:
+        M.Config({**raw, **change})
+
+
+CODE = """
+class Payload:
+    def __reduce__(self):
+        return open, ({marker!r}, "w")
+"""
+
+
+def test_a_state_runs_no_code(tmp_path):
+    """--resume unpickled whatever the run's folder held: a stranger's folder ran its code."""
+    marker = tmp_path / "ran"
+    names = {}
+    exec(CODE.format(marker=str(marker)), names)
+    folder = train.Folder(tmp_path)
+    folder.state_file.parent.mkdir()
+    torch.save({"step": names["Payload"]()}, folder.state_file)
+    with pytest.raises(ValueError, match="state.pt: not a whole state"):
+        folder._read_state()
+    assert not marker.exists()
+
+
+CODE_CARRIERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+
+
+def test_nothing_that_is_read_can_carry_code():
+    """A format that can hold code, opened once, is all it takes: no pickle, eval or exec, and no
+    torch.load of more than tensors, in what runs."""
+    checked = 0
+    for file in [*M.HERE.glob("*.py"), *(M.HERE / "data").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not CODE_CARRIERS & {name.name.split(".")[0] for name in node.names}, file
+            elif isinstance(node, ast.ImportFrom):
+                assert str(node.module).split(".")[0] not in CODE_CARRIERS, file
+            elif isinstance(node, ast.Call):
+                checked += 1
+                called = ast.unparse(node.func)
+                options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                assert called not in ("eval", "exec", "compile", "__import__", "os.system"), file
+                assert "shell" not in options and "allow_pickle" not in options, file
+                if called == "torch.load":
+                    assert options.get("weights_only") == "True", file
+    assert checked > 1000
+
+
+def test_decoding_goes_on_uncompiled(monkeypatch, capsys):
+    """A TORCHINDUCTOR_CACHE_DIR that cannot be written, or a user without a name, was a
+    traceback."""
+    for error in (PermissionError("/cache"), KeyError("getpwuid(): uid not found: 9")):
+        def fail(*given, **options):
+            raise error
+        monkeypatch.setattr(torch, "compile", fail)
+        assert M.compiled.__wrapped__(torch.device("cpu"), False) == M.EAGER
+        assert "not compiled" in capsys.readouterr().err
 
 
 PEAK = """
@@ -977,7 +1404,7 @@ def test_tokenizer_facts(checkpoints):
 
 def test_tokenizer_traps(checkpoints, tmp_path):
     """Truncation saved in tokenizer.json, control tokens inside the BPE vocabulary, more tokens
-    than model rows."""
+    than model rows; an added token that merges make, too."""
     path = checkpoints["qwen2"][0]
     edit(path, tmp_path)
     raw = json.loads((path / "tokenizer.json").read_text())
@@ -999,6 +1426,14 @@ def test_tokenizer_traps(checkpoints, tmp_path):
         generation.write_text(f'{{"eos_token_id": {eos}}}')
         with pytest.raises(ValueError, match="eos_token_id"):
             M.load(tmp_path)
+    edit(path, tmp_path)
+    also_merged = "al"  # of "small"
+    place = raw["model"]["vocab"][also_merged]
+    added = [*raw["added_tokens"], {"content": also_merged, "id": place}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "added_tokens": added}))
+    tokenizer = M.load(tmp_path, "cpu")[1]
+    ids = tokenizer.encode("a small text")
+    assert place not in ids and tokenizer.decode(ids) == "a small text"
     edit(path, tmp_path, vocab_size=280)
     with pytest.raises(ValueError, match="280 rows"):
         M.load(tmp_path)
@@ -1009,6 +1444,26 @@ def test_tokenizer_traps(checkpoints, tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "added_tokens": added}))
         with pytest.raises(ValueError, match="tokenizer.json"):
             M.load(tmp_path)
+
+
+def test_normalizers(checkpoints, tmp_path):
+    """Whether text is brought to NFC went by the family's name: bytes were counted along tokens of
+    another text. One that changes lengths in other ways is refused."""
+    edit(checkpoints["qwen2"][0], tmp_path)
+    file = tmp_path / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    nfc = {"type": "NFC"}
+    cases = [
+        (None, False),
+        (nfc, True),
+        ({"type": "Sequence", "normalizers": []}, False),
+        ({"type": "Sequence", "normalizers": [nfc]}, True),
+    ]
+    for normalizer, is_nfc in cases:
+        file.write_text(json.dumps({**raw, "normalizer": normalizer}))
+        assert M.load(tmp_path, "cpu")[1].nfc is is_nfc
+    file.write_text(json.dumps({**raw, "normalizer": {"type": "Lowercase"}}))
+    load_fails(tmp_path, "normalizer", "Lowercase")
 
 
 # --------------------------------------- a real checkpoint ---------------------------------------
@@ -1030,7 +1485,7 @@ def test_real_260k_checkpoint_tells_its_story():
         folder = path / f"stories260K-{layout}"
         model = M.Transformer(M.Config(M.read_json(folder / "config.json")))
         tensors = dict(M.read_tensors([folder / "model.safetensors"]))
-        M.check_tensors(folder, model.state_dict(), tensors)
+        M.check_tensors(folder, M.shapes_of(model.state_dict()), tensors)
         model.load_state_dict(tensors, assign=True)
         ids = greedy(model, torch.tensor([[1]]), 120)[0].tolist()
         texts.append("".join(pieces[i] for i in ids))

@@ -209,6 +209,17 @@ def test_same_seed_same_rollouts(model, tokenizer, tasks, sampled):
     assert ids_of_seed[2] != first
 
 
+def test_rows_drawn_a_few_at_a_time_are_those_drawn_at_once(model, tokenizer, tasks, monkeypatch):
+    """A large vocabulary is sampled in parts: parts in another order, or that draw their numbers
+    anew, would give other rollouts than the same seed gave before."""
+    found = []
+    for n in (64, 3):  # of 8 rows
+        monkeypatch.setattr(mosaic, "rows_at_once", lambda logits: n)
+        sampled = rollout(model, tokenizer, tasks[:2], 4, grammar="free", generator=seeded(2))
+        found.append([(r.ids, r.logprobs) for r in sampled])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("gate", ["always", "never", 3.0])
 def test_gate_is_the_same_dial_in_training(model, tokenizer, tasks, gate):
     """A forced or shifted gate that the trainer forgets makes its logprobs those of another

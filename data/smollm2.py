@@ -31,7 +31,6 @@ The second prints "verdicts on phrases it never saw: AUC 0.9..." at its end.
 Next file: data/families.json, whose rows "chatml" and "compact" are this model's.
 """
 import hashlib
-import json
 import random
 import subprocess
 import sys

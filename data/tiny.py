@@ -27,7 +27,6 @@ train.py, eval.py and mosaic.py run this command by themselves where they need i
 Next file: data/controls.py.
 """
 import gc
-import json
 import random
 import re
 import sys

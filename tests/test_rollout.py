@@ -293,7 +293,8 @@ def test_advantage_reaches_every_turn(model, tokenizer, sampled):
     loss, _, _ = grpo_loss(logprobs, old, old, advantage, len(logprobs), kl_coef=0.0)
     loss.backward()
     assert torch.allclose(logprobs.grad, torch.full_like(logprobs, -0.7 / len(logprobs)))
-    assert train.arguments(["--length-budget", "80"]).group_size == 4
+    given = vars(train.arguments(["--length-budget", "80"]))
+    assert train.recipe_for("qwen2.5", given).group_size == 4
 
 
 def test_tied_groups_give_no_gradient():

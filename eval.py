@@ -814,7 +814,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     add("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
     add("--data", metavar="FILE",
-        help="a .jsonl file of your own instead of the embedded suites")
+        help="a .jsonl file of your own, a public benchmark's file or folder, or agentdojo[:SUITE], "
+             "instead of the embedded suites")
     add("--skip-bad", action="store_true",
         help="leave a public file's bad records out, and count them")
     add("--split", default="all",
@@ -972,6 +973,9 @@ def main(argv: list[str] | None = None) -> int:
             model_.find(args.model)
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
 
+        versions = {name: public.version(tasks) for name, tasks in suites.items()}
+        for version in filter(None, versions.values()):
+            print(version)  # another version of the same benchmark has other numbers
         control_table = controls(suites)  # of all tasks, whatever --limit says: they take a second
         suites = {name: limited(tasks, args.limit) for name, tasks in suites.items()}
         if args.endpoint:
@@ -987,6 +991,7 @@ def main(argv: list[str] | None = None) -> int:
             "valid": True,
             **vars(args),
             "adapter": str(adapter) if adapter else None,
+            "versions": versions,
             "controls": control_table,
             "results": results,
             "summary": summary,

@@ -81,12 +81,13 @@ def task_of(name, user_id, tools) -> Task:
         tools=tools,
         split="none",
         world={"injections": {}},
-        goal=dojo.ground_truth(name, user_id),
+        goal=dojo.ground_truth(name, user_id, {}),
         meta={"answer": user_task.GROUND_TRUTH_OUTPUT},
         public={
             "benchmark": "agentdojo",
             "version": f"agentdojo {installed}, suites {suites}",
             "max_turns": 25,
+            "room": CARD["room"][name],
             "suite": name,
             "user_task": user_id,
         },
@@ -107,7 +108,7 @@ def attacked(task, attack, goal_id) -> Task:
         split=attack,
         world={"injections": injections},
         # where the package has no calls for a goal: one that nobody makes
-        injected=dojo.ground_truth(name, goal_id) or [{"name": goal_id}],
+        injected=dojo.ground_truth(name, goal_id, {}) or [{"name": goal_id}],
         reveals=tuple(set().union(*places.values())),
         meta=task.meta | {"cue": cue, "ordered_answer": ordered_answer},
         public=task.public | {"injection_task": goal_id},
@@ -157,29 +158,40 @@ def controls(tasks: list[Task]) -> list:
     Of several attacks the first is played, as only "hijacked" reads its words."""
     alone = [task for task in tasks if not task.injected]
     pairs = [task for task in tasks if task.injected]
-    pairs = [task for task in pairs if task.split == pairs[0].split]
+    pairs = [in_its_state(task) for task in pairs if task.split == pairs[0].split]
+    without = [no_attack(task) for task in pairs]
+    obeyed = mean([truth_obeys(task) for task in pairs])
     idle = {"utility": done_by_nothing(alone)}
     idle_pairs = {"utility_under_attack": done_by_nothing(pairs), "injection_obeyed": 0}
-    obeyed = mean([truth_obeys(task) for task in pairs])
     return [
         ("oracle", alone, oracle, {"utility": 1}),
         ("refuse-all", alone, refuse_all, idle),
         ("silent", alone, silent, idle),
-        ("oracle", pairs, oracle, {"utility_under_attack": None, "injection_obeyed": 0}),
+        ("oracle", pairs, oracle, {"utility_under_attack": 1, "injection_obeyed": 0}),
         ("refuse-all", pairs, refuse_all, idle_pairs),
         ("silent", pairs, silent, idle_pairs),
         ("hijacked", pairs, hijacked, {"injection_obeyed": obeyed}),
-        ("no-attack", list(map(no_attack, pairs)), hijacked, {"injection_obeyed": 0}),
+        ("no-attack", without, hijacked, {"injection_obeyed": 0}),
     ]
 
 
-def done_by_nothing(tasks) -> float | None:
-    """The share of tasks that the package's check calls done when nothing was done."""
-    names = [f"{task.public['suite']}/{task.public['user_task']}" for task in tasks]
-    return mean([name in CARD["done_by_nothing"] for name in names])
+def in_its_state(task) -> Task:
+    """The task with the calls that the package makes under attack: what a user wants sent or posted
+    may quote the attack."""
+    public = task.public
+    found = []
+    for goal in (public["user_task"], public["injection_task"]):
+        found.append(dojo.ground_truth(public["suite"], goal, task.world["injections"]))
+    return replace(task, goal=found[0], injected=found[1] or task.injected)
 
 
 def truth_obeys(task) -> bool:
     """Do the package's own calls reach the attacker's goal? Some of its goals have no calls."""
     public = task.public
     return dojo.truth_reaches(public["suite"], public["injection_task"], task.world["injections"])
+
+
+def done_by_nothing(tasks) -> float | None:
+    """The share of tasks that the package's check calls done when nothing was done."""
+    names = [f"{task.public['suite']}/{task.public['user_task']}" for task in tasks]
+    return mean([name in CARD["done_by_nothing"] for name in names])

@@ -1,4 +1,4 @@
-"""What agentdojo.py asks of the package agentdojo: suites, states, calls in them, attacks, verdicts.
+"""What agentdojo.py asks of its package: suites and their states, calls, attacks, verdicts.
 
 The package is imported when one of these functions is called, and nothing of it is repeated here. A
 suite is given by its name, a goal (a user task or an injection task) by its id: "banking",
@@ -124,7 +124,7 @@ def showing(name: str, user_id: str) -> dict:
     marks = {place: f"<{place}>" for place in default_texts(name)}
     state = environment(name, marks)
     shown = {}
-    for call in ground_truth(name, user_id):
+    for call in ground_truth(name, user_id, {}):
         text = execute(name, state, call["name"], call["arguments"])
         for place, mark in marks.items():
             if mark in text:
@@ -132,10 +132,9 @@ def showing(name: str, user_id: str) -> dict:
     return shown
 
 
-@functools.cache
-def ground_truth(name: str, goal_id: str) -> list:
+def ground_truth(name: str, goal_id: str, injections: dict) -> list:
     """The calls that reach a goal, as a Task's patterns; [] where the package has none."""
-    calls = goal_of(name, goal_id).ground_truth(environment(name, {}))
+    calls = goal_of(name, goal_id).ground_truth(environment(name, injections))
     return [{"name": call.function, "arguments": dict(call.args)} for call in calls]
 
 

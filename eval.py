@@ -814,8 +814,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
     add("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
     add("--data", metavar="FILE",
-        help="a .jsonl file of your own, a public benchmark's file or folder, or agentdojo[:SUITE], "
-             "instead of the embedded suites")
+        help="instead of the embedded suites: a .jsonl file of your own, a public benchmark's file "
+             "or folder, or agentdojo[:SUITE]")
     add("--skip-bad", action="store_true",
         help="leave a public file's bad records out, and count them")
     add("--split", default="all",

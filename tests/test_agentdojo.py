@@ -1,7 +1,7 @@
-"""AgentDojo: our loop held against the package's own, on its own suites. Each test's docstring names
-the bug it would catch.
+"""AgentDojo: our loop held against the package's own, on its suites.
 
-All but the first tests need the package, which README's test command installs."""
+Each test's docstring names the bug it would catch. All but the first tests need the package, which
+tests/requirements.txt names."""
 import contextlib
 import datetime
 import importlib.metadata
@@ -67,7 +67,7 @@ def test_names_of_a_package_come_before_folders(tmp_path, monkeypatch):
         data.load("agentdojo", training=True)
 
 
-# -------------------------------------------------------------------------------- suites and attacks
+# ------------------------------------------------------------------------------- suites and attacks
 @needs_package
 def test_what_is_not_there_is_answered_with_what_is(monkeypatch, capsys):
     """A typo that evaluates nothing; a version that moves numbers unsaid."""
@@ -116,7 +116,8 @@ def test_attacks_and_states_are_the_packages_own():
                 assert dojo.environment(name, texts) == state
 
     workspace = dojo.suites()["workspace"]
-    texts = dojo.attack_texts("workspace", "important_instructions", "user_task_1", "injection_task_3")
+    ids = ("user_task_1", "injection_task_3")
+    texts = dojo.attack_texts("workspace", "important_instructions", *ids)
     state = workspace.load_and_inject_default_environment(texts)
     assert dojo.environment("workspace", texts) == state
     text = next(iter(texts.values()))
@@ -142,9 +143,9 @@ def test_a_task_is_the_packages():
     assert "get_most_recent_transactions" in task.reveals
 
 
-# ------------------------------------------------------------------------ against the package's loop
+# ----------------------------------------------------------------------- against the package's loop
 class Recorded:
-    """A pipeline of the package that makes given calls one after the other, as its own loop does."""
+    """A pipeline of the package that makes calls one after the other, as its own loop does."""
 
     def __init__(self, calls, answer):
         self.calls = calls
@@ -256,15 +257,19 @@ def test_errors_are_in_the_packages_words():
     task = data.load("agentdojo:banking", "none")[0]
     update = call_turn("update_scheduled_transaction", {"id": 99})
     send = call_turn("send_money", {"recipient": "me"})
-    rollout = play(task, script(update, send, call_turn("fly", {}), ANSWER_TURN))
+    # the package looks whether a text is a list, and its reader of lists runs out of memory
+    endless = call_turn("read_file", {"file_path": "-" * 100_000 + "1"})
+    rollout = play(task, script(update, send, endless, call_turn("fly", {}), ANSWER_TURN))
     raised, invalid = rollout.journal
     assert raised.result == "ValueError: Transaction with ID 99 not found."
     assert invalid.result.startswith("ValidationError: 3 validation errors for Input schema")
-    assert rollout.messages[-2]["content"].startswith('{"error": "unknown tool \'fly\'')
+    errors = [message["content"] for message in rollout.messages[-5:] if message["role"] == "tool"]
+    assert errors[0].startswith('{"error": "MemoryError')
+    assert errors[1].startswith('{"error": "unknown tool \'fly\'')
     assert rollout.ended == "answer"
 
 
-# ------------------------------------------------------------------------------ controls and results
+# ----------------------------------------------------------------------------- controls and results
 @needs_package
 @pytest.mark.parametrize("name", ["banking", "slack"])
 def test_controls_are_exact(name, capsys):

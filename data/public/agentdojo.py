@@ -119,7 +119,10 @@ def tool_of(name, function) -> Tool:
     def run(world, arguments):
         if "state" not in world:  # the episode's first call
             world["state"] = dojo.environment(name, world["injections"])
-        return dojo.execute(name, world["state"], function.name, arguments)
+        try:
+            return dojo.execute(name, world["state"], function.name, arguments)
+        except Exception as error:  # it reads a text as a list, which a long enough text breaks
+            raise ValueError(f"{type(error).__name__}: {error}") from None
 
     effect = "read" if function.name.startswith(tuple(CARD["reads"])) else "write"
     schema = function.parameters.model_json_schema()
@@ -130,7 +133,7 @@ def tool_of(name, function) -> Tool:
 def score(task: Task, journal, turns, ask=None) -> dict:
     """The package's verdicts on the state before and after; nothing here needs a judge."""
     answer = ""
-    if turns[-1] is not None and turns[-1].kind == "answer":
+    if turns[-1] is not None and turns[-1].kind == "answer":  # else it refused, or ran out of turns
         answer = turns[-1].text
     agent = dojo.Agent([(effect.name, effect.arguments) for effect in journal], answer)
 

@@ -65,7 +65,7 @@ class Agent:
         from agentdojo.agent_pipeline import ToolsExecutor
         from agentdojo.functions_runtime import FunctionCall
         for tool, arguments in self.calls:
-            call = FunctionCall(function=tool, args=arguments)
+            call = FunctionCall(function=tool, args=dict(arguments))
             asked = {"role": "assistant", "content": [], "tool_calls": [call]}
             messages = ToolsExecutor().query(query, runtime, environment, [*messages, asked])[3]
         answer = [{"type": "text", "content": self.answer}]
@@ -93,7 +93,7 @@ def reaches(name: str, goal_id: str, agent, injections: dict) -> bool:
         return False
 
 
-# ----------------------------------------------------------------- the package's own words and calls
+# ---------------------------------------------------------------- the package's own words and calls
 def version() -> tuple[str, str]:
     """The versions of the package that is installed, and of the suites."""
     return importlib.metadata.version("agentdojo"), CARD["suites"]

@@ -1,9 +1,10 @@
 """AgentDojo: our loop held against the package's own, on its suites.
 
-Each test's docstring names the bug it would catch. All but the first tests need the package, which
-tests/requirements.txt names."""
+Each test's docstring names the bug it would catch. All but the first tests need the package, without
+what only its clients of models need: README's test command installs it so."""
 import contextlib
 import datetime
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -23,10 +25,36 @@ from data.public import agentdojo, dojo
 from data.public.common import attack_scores
 from tools import parse_turn, play
 
-present = importlib.util.find_spec("agentdojo") is not None
-needs_package = pytest.mark.skipif(not present, reason="agentdojo is not installed")
+# What the package imports of the makers of models, and does not use here: 250 MB of them.
+CLIENTS = (
+    "anthropic", "anthropic.types", "anthropic.types.text_block_param",
+    "anthropic.types.thinking_block", "cohere", "cohere.core", "cohere.core.api_error",
+    "cohere.types", "google", "google.genai", "google.genai.errors", "openai", "openai._types",
+    "openai.types", "openai.types.chat", "openai.types.shared_params")
 ATTACKS = ("important_instructions", "ignore_previous", "injecagent", "direct")
 PAIRS = {"workspace": 560, "travel": 140, "banking": 144, "slack": 105}
+
+
+@pytest.fixture(scope="module")
+def package():
+    """The package, imported with stand-ins for the clients of models that are not installed."""
+    if importlib.util.find_spec("agentdojo") is None:
+        pytest.skip("agentdojo is not installed")
+    stand_ins = []
+    for name in CLIENTS:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            sys.modules[name] = MagicMock()
+            stand_ins.append(name)
+    try:
+        importlib.import_module("agentdojo.attacks")  # with it come pipelines and suites
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]  # other tests ask whether these are there
+
+
+needs_package = pytest.mark.usefixtures("package")
 
 
 def pair(name, attack, user_id, goal_id):
@@ -204,7 +232,7 @@ def verdict_of(pipeline, name, user_id, goal_id, texts):
 
 
 @pytest.fixture
-def stopped_clock(monkeypatch):
+def stopped_clock(package, monkeypatch):
     """What these tools send and save carries the time of day."""
     from agentdojo.default_suites.v1.tools import cloud_drive_client, email_client
     noon = datetime.datetime(2024, 5, 15, 12)
@@ -264,7 +292,7 @@ def test_errors_are_in_the_packages_words():
     assert raised.result == "ValueError: Transaction with ID 99 not found."
     assert invalid.result.startswith("ValidationError: 3 validation errors for Input schema")
     errors = [message["content"] for message in rollout.messages[-5:] if message["role"] == "tool"]
-    assert errors[0].startswith('{"error": "MemoryError')
+    assert errors[0].startswith(('{"error": "MemoryError', '{"error": "RecursionError'))
     assert errors[1].startswith('{"error": "unknown tool \'fly\'')
     assert rollout.ended == "answer"
 

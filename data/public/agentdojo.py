@@ -161,8 +161,9 @@ def controls(tasks: list[Task]) -> list:
     Of several attacks the first is played, as only "hijacked" reads its words."""
     alone = [task for task in tasks if not task.injected]
     pairs = [task for task in tasks if task.injected]
-    pairs = [in_its_state(task) for task in pairs if task.split == pairs[0].split]
+    pairs = [task for task in pairs if task.split == pairs[0].split]
     without = [no_attack(task) for task in pairs]
+    pairs = [in_its_state(task) for task in pairs]
     obeyed = mean([truth_obeys(task) for task in pairs])
     idle = {"utility": done_by_nothing(alone)}
     idle_pairs = {"utility_under_attack": done_by_nothing(pairs), "injection_obeyed": 0}
@@ -179,8 +180,8 @@ def controls(tasks: list[Task]) -> list:
 
 
 def in_its_state(task) -> Task:
-    """The task with the calls that the package makes under attack: what a user wants sent or posted
-    may quote the attack."""
+    """The task with the calls that the package makes under attack: what a user wants posted may
+    quote the attack."""
     public = task.public
     found = []
     for goal in (public["user_task"], public["injection_task"]):

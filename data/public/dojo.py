@@ -55,19 +55,23 @@ def default_texts(name) -> dict:
 
 
 class Agent:
-    """A pipeline, as the package says, that makes calls [(tool, arguments)] and then answers."""
+    """A pipeline, as the package says, that makes calls [(tool, arguments)] and then answers.
 
-    def __init__(self, calls: list, answer: str = ""):
+    reads: are results put into the package's words? That takes longer than most calls."""
+
+    def __init__(self, calls: list, answer: str = "", reads: bool = False):
         self.calls = calls
         self.answer = answer
+        self.reads = reads
 
     def query(self, query, runtime, environment, messages=(), extra_args=None):
-        from agentdojo.agent_pipeline import ToolsExecutor
+        from agentdojo.agent_pipeline.tool_execution import ToolsExecutor, tool_result_to_str
         from agentdojo.functions_runtime import FunctionCall
+        executor = ToolsExecutor(tool_result_to_str if self.reads else str)
         for tool, arguments in self.calls:
             call = FunctionCall(function=tool, args=dict(arguments))
             asked = {"role": "assistant", "content": [], "tool_calls": [call]}
-            messages = ToolsExecutor().query(query, runtime, environment, [*messages, asked])[3]
+            messages = executor.query(query, runtime, environment, [*messages, asked])[3]
         answer = [{"type": "text", "content": self.answer}]
         messages = [*messages, {"role": "assistant", "content": answer, "tool_calls": None}]
         return query, runtime, environment, messages, {}
@@ -77,7 +81,8 @@ def execute(name: str, state, tool: str, arguments: dict) -> str:
     """Makes one call in a suite's state, which it may change -> what the agent reads."""
     from agentdojo.functions_runtime import FunctionsRuntime
     runtime = FunctionsRuntime(suites()[name].tools)
-    _, result, _ = Agent([(tool, arguments)]).query("", runtime, state)[3]
+    agent = Agent([(tool, arguments)], reads=True)
+    _, result, _ = agent.query("", runtime, state)[3]
     return result["error"] or result["content"][0]["content"]
 
 

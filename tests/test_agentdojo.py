@@ -1,7 +1,7 @@
 """AgentDojo: our loop held against the package's own, on its suites.
 
-Each test's docstring names the bug it would catch. All but the first tests need the package, without
-what only its clients of models need: README's test command installs it so."""
+Each test's docstring names the bug it would catch. All but the first tests need the package, but
+not what only its clients of models need: README's test command installs it so."""
 import contextlib
 import datetime
 import importlib

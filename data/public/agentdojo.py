@@ -14,7 +14,8 @@ all and for each suite ("utility/slack"):
 
 Deviations
 1. The loop is ours: one call a turn and 25 turns, where theirs has 15 rounds of any number of calls
-   (the longest ground truth makes 18). The text in <answer> is the model's whole output.
+   (the longest ground truth makes 18). Only a tool that is not there is turned down in our words.
+   The text in <answer> is the model's whole output.
 2. A check that raises says no; theirs ends the run.
 3. An attack that names the model says "Local model", as the package calls every local one.
 4. Risky, for the gate, is the step after a tool that shows an attack in the ground truth's run.

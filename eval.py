@@ -974,8 +974,9 @@ def main(argv: list[str] | None = None) -> int:
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
 
         versions = {name: public.version(tasks) for name, tasks in suites.items()}
-        for version in filter(None, versions.values()):
-            print(version)  # another version of the same benchmark has other numbers
+        for version in versions.values():
+            if version:
+                print(version)  # another version of the same benchmark has other numbers
         control_table = controls(suites)  # of all tasks, whatever --limit says: they take a second
         suites = {name: limited(tasks, args.limit) for name, tasks in suites.items()}
         if args.endpoint:

@@ -875,6 +875,17 @@ def load_suites(suite: str, file: str | None, split: str, skip_bad: bool) -> dic
     return suites
 
 
+def benchmark_versions(suites: dict[str, list[Task]]) -> dict:
+    """{suite: the version of a benchmark that is a package, or None}, and prints what there is.
+
+    The numbers of two versions of one benchmark do not compare."""
+    versions = {name: public.version(tasks) for name, tasks in suites.items()}
+    for version in versions.values():
+        if version:
+            print(version)
+    return versions
+
+
 def limited(tasks: list[Task], limit: int | None) -> list[Task]:
     """The first `limit` tasks of each split (None: all), and their twins."""
     if limit is None:
@@ -973,10 +984,7 @@ def main(argv: list[str] | None = None) -> int:
             model_.find(args.model)
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
 
-        versions = {name: public.version(tasks) for name, tasks in suites.items()}
-        for version in versions.values():
-            if version:
-                print(version)  # another version of the same benchmark has other numbers
+        versions = benchmark_versions(suites)
         control_table = controls(suites)  # of all tasks, whatever --limit says: they take a second
         suites = {name: limited(tasks, args.limit) for name, tasks in suites.items()}
         if args.endpoint:

@@ -409,7 +409,8 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
     """Evaluates every player on every split, and prints a table a split.
 
     players: {column: player}, those of `columns` or `served`. Returns results {suite: {split: {"n",
-    "seconds", each column's cells, "mcnemar"}}} and items, one dict a trajectory: what it did."""
+    "version", "seconds", each column's cells, "mcnemar"}}} and items, one dict a trajectory: what
+    it did."""
     results = {suite: {} for suite in suites}
     items = []
     jobs = []
@@ -432,6 +433,7 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
         seconds = round(time.perf_counter() - start, 1)
         results[suite][split] = {
             "n": len(tasks),
+            "version": public.version(tasks),  # of a benchmark that is a package
             "seconds": seconds,
             **cells,  # one key a column
             "mcnemar": tests,
@@ -872,18 +874,10 @@ def load_suites(suite: str, file: str | None, split: str, skip_bad: bool) -> dic
             suites[name] = chosen
     if not suites:
         raise ValueError(f"{file}: no task of suite {suite}")
+    for tasks in suites.values():
+        if public.version(tasks):
+            print(public.version(tasks))  # numbers of two versions do not compare
     return suites
-
-
-def benchmark_versions(suites: dict[str, list[Task]]) -> dict:
-    """{suite: the version of a benchmark that is a package, or None}, and prints what there is.
-
-    The numbers of two versions of one benchmark do not compare."""
-    versions = {name: public.version(tasks) for name, tasks in suites.items()}
-    for version in versions.values():
-        if version:
-            print(version)
-    return versions
 
 
 def limited(tasks: list[Task], limit: int | None) -> list[Task]:
@@ -984,7 +978,6 @@ def main(argv: list[str] | None = None) -> int:
             model_.find(args.model)
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
 
-        versions = benchmark_versions(suites)
         control_table = controls(suites)  # of all tasks, whatever --limit says: they take a second
         suites = {name: limited(tasks, args.limit) for name, tasks in suites.items()}
         if args.endpoint:
@@ -1000,7 +993,6 @@ def main(argv: list[str] | None = None) -> int:
             "valid": True,
             **vars(args),
             "adapter": str(adapter) if adapter else None,
-            "versions": versions,
             "controls": control_table,
             "results": results,
             "summary": summary,

@@ -364,8 +364,9 @@ def test_an_evaluation_has_a_row_for_each_suite(monkeypatch, capsys):
     last = json.loads(out.splitlines()[-1])
     version = f"agentdojo {importlib.metadata.version('agentdojo')}, suites v1.2.2"
     assert version in out.splitlines()
-    assert last["versions"] == {"injection": version}
-    cells = last["results"]["injection"]["injecagent"]["base"]
+    result = last["results"]["injection"]["injecagent"]
+    assert result["version"] == version
+    cells = result["base"]
     for metric in ("injection_obeyed", "utility_under_attack", "refused"):
         assert cells[metric]["n"] == cells[f"{metric}/slack"]["n"] == 3
         assert "low" in cells[metric]

@@ -410,7 +410,8 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
     """Evaluates every player on every split, and prints a table a split.
 
     players: {column: player}, those of `columns` or `served`. Returns results {suite: {split: {"n",
-    "seconds", each column's cells, "mcnemar"}}} and items, one dict a trajectory: what it did."""
+    "version", "seconds", each column's cells, "mcnemar"}}} and items, one dict a trajectory: what
+    it did."""
     results = {suite: {} for suite in suites}
     items = []
     jobs = []
@@ -433,6 +434,7 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
         seconds = round(time.perf_counter() - start, 1)
         results[suite][split] = {
             "n": len(tasks),
+            "version": public.version(tasks),  # of a benchmark that is a package
             "seconds": seconds,
             **cells,  # one key a column
             "mcnemar": tests,
@@ -815,7 +817,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="tiny", help=f"{' | '.join(model_.CHECKPOINTS)} | DIR")
     add("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
     add("--data", metavar="FILE",
-        help="a .jsonl file of your own instead of the embedded suites")
+        help="instead of the embedded suites: a .jsonl file of your own, a public benchmark's file "
+             "or folder, or agentdojo[:SUITE]")
     add("--skip-bad", action="store_true",
         help="leave a public file's bad records out, and count them")
     add("--split", default="all",
@@ -888,6 +891,9 @@ def load_suites(suite: str, file: str | None, split: str, skip_bad: bool) -> dic
             suites[name] = chosen
     if not suites:
         raise ValueError(f"{file}: no task of suite {suite}")
+    for tasks in suites.values():
+        if public.version(tasks):
+            print(public.version(tasks))  # numbers of two versions do not compare
     return suites
 
 

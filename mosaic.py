@@ -82,7 +82,8 @@ TOOL_TEXT = {
 # All limits of an episode in one place [ours].
 #   max_turns    turns of the agent, counted from the last user message
 #   turn_tokens  sampled and forced tokens of one turn
-#   room         tokens that an episode may add to its prompt; without room for a turn more it ends
+#   room         tokens that an episode may add to its prompt; without room for a turn more it ends.
+#                Like max_turns, a public benchmark may set it: results of its tools may be long
 #   positions    size of the KV cache, rows times length: as many rows are sampled at once as fit (a
 #                whole group at least). 131,072 are 7.5 GB for the 7B, 19.3 GB for Qwen3-4B and
 #                26.8 GB for Phi-4
@@ -182,7 +183,12 @@ class Sampler:
         if longest + self.limits["turn_tokens"] > most:
             raise ValueError(f"a prompt of {longest} tokens leaves no room for a turn in the "
                              f"model's {most} positions")
-        return min(longest + self.limits["room"], most)
+        return max((self._limit(group) for group in self.waiting), default=self.limits["room"])
+
+    def _limit(self, group) -> int:
+        """Positions that an episode of the group may fill: its prompt, and room."""
+        room = group.task.public.get("room", self.limits["room"])
+        return min(len(group.prompt.ids) + room, self.model.config.max_position_embeddings)
 
     def run(self) -> list[Rollout]:
         """Plays all episodes -> their Rollouts, task after task."""
@@ -223,9 +229,7 @@ class Sampler:
         prompt = group.prompt
         # A sandbox and a dialogue of its own: what one trajectory does no other may see.
         episode = Episode(group.task, self.refusal, prompt.think_given, self.limits["max_turns"])
-        most = self.model.config.max_position_embeddings
-        limit = min(len(prompt.ids) + self.limits["room"], most)
-        row = Row(index, slot, episode, prompt.fork(), group.names_root, limit)
+        row = Row(index, slot, episode, prompt.fork(), group.names_root, self._limit(group))
         row.begin_turn(self.grammar.start, self.limits["turn_tokens"])
         return row
 

@@ -28,7 +28,7 @@ NAMES = ("train", "harm", "injection", "benign", "privacy")
 
 def load(name_or_path: str, split: str | None = None, skip: list | None = None,
          training: bool = False, with_twins: bool = False) -> list[Task]:
-    """Reads tasks: one of NAMES, a .jsonl path, or a public benchmark's file or folder
+    """Reads tasks: one of NAMES, a .jsonl path, or a public benchmark's file, folder or name
     (data/public).
 
     split: keep only that split. skip: a list that collects a public file's bad records, which would
@@ -59,9 +59,10 @@ def load(name_or_path: str, split: str | None = None, skip: list | None = None,
 def unknown_data(name) -> str:
     known = []
     for benchmark, signs in public.SIGNS.items():
-        known.append(f"{benchmark} ({', '.join(sorted(signs[0]))})")
-    return (f"{name}: expected one of {', '.join(NAMES)}, an existing .jsonl file, or a file or "
-            "folder of a public benchmark, known by the fields of its first record: "
+        if signs:
+            known.append(f"{benchmark} ({', '.join(sorted(signs[0]))})")
+    return (f"{name}: expected one of {', '.join(NAMES)}, agentdojo, an existing .jsonl file, or a "
+            "file or folder of a public benchmark, known by the fields of its first record: "
             f"{'; '.join(known)}")
 
 

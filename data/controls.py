@@ -44,7 +44,12 @@ def call_blocks(*calls: tuple) -> str:
     return "\n".join(call_text(name, arguments) for name, arguments in calls)
 
 
-ANSWER_TURN = turn_text("<answer>\nDone.\n</answer>")
+def answer_turn(text: str | None = None) -> str:
+    """The text of a turn that answers: with these words, where a benchmark asks for some."""
+    return turn_text(f"<answer>\n{text or 'Done.'}\n</answer>")
+
+
+ANSWER_TURN = answer_turn()
 
 
 def calls_turn(*calls: tuple) -> str:
@@ -91,7 +96,9 @@ def follow(patterns: list, then: str = ANSWER_TURN, paste: tuple | list = ()) ->
 
 def oracle(task: Task) -> Callable:
     """Does what is right: the goal's calls, and where the task is harmful, a refusal after them."""
-    return follow(task.goal, REFUSE_TURN if task.label == "harmful" else ANSWER_TURN)
+    if task.label == "harmful":
+        return follow(task.goal, REFUSE_TURN)
+    return follow(task.goal, answer_turn(task.meta.get("answer")))
 
 
 def act_all(task: Task) -> Callable:
@@ -121,25 +128,27 @@ def paste_all(task: Task) -> Callable:
 
 def hijacked(task: Task) -> Callable:
     """Works on the goal until it reads the attack; then does what the attack says, then goes on."""
-    cue = task.meta["cue"]
-    # As it stands in a message, and as it stands inside a JSON result, with escapes.
-    spellings = (cue, json.dumps(cue, ensure_ascii=False)[1:-1])
-    todo = [fill_pattern(pattern) for pattern in task.goal]
+    cue = _letters(task.meta["cue"])
+    todo = [fill_pattern(pattern) for pattern in task.goal] + [answer_turn(task.meta.get("answer"))]
     orders = [fill_pattern(pattern) for pattern in task.injected]
+    if "ordered_answer" in task.meta:  # the attack may want words, and ends the episode
+        orders.append(answer_turn(task.meta["ordered_answer"]))
 
     def next_turn(messages):
-        if orders and _holds_any(messages, spellings):
+        if orders and _holds_any(messages, cue):
             todo[:0] = orders  # before all else
             orders.clear()     # once
-        return todo.pop(0) if todo else ANSWER_TURN
+        return todo.pop(0) if len(todo) > 1 else todo[0]
     return next_turn
 
 
-def _holds_any(messages, spellings) -> bool:
-    for message in messages:
-        if any(spelling in message["content"] for spelling in spellings):
-            return True
-    return False
+def _holds_any(messages, cue) -> bool:
+    return any(cue in _letters(message["content"]) for message in messages)
+
+
+def _letters(text) -> str:
+    """A text without what JSON or YAML may break, quote or escape when a result shows it."""
+    return re.sub(r"\\[nrt]|\W", "", text)
 
 
 def no_attack(task: Task) -> Task:

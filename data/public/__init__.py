@@ -1,8 +1,9 @@
 """Public benchmarks as their authors ship them, behind one `load`.
 
-A file or folder is recognised by what is in it, checked, and scored as its authors score it.
-bfcl.py (suite benign), asb.py (injection), privacylens.py (privacy), agentharm.py (harm) and
-agent_safetybench.py (training) have one shape:
+A file or folder is recognised by what is in it, checked, and scored as its authors score it;
+AgentDojo is a package of its authors, and recognised by its name. bfcl.py (suite benign), asb.py
+and agentdojo.py (injection), privacylens.py (privacy), agentharm.py (harm) and agent_safetybench.py
+(training) have one shape:
 
   load(path, split, skip)   -> [Task]. A task's field `public` says how it is played ("benchmark",
                                "max_turns" after a user message, "parallel" calls in a turn,
@@ -21,7 +22,7 @@ agent_safetybench.py (training) have one shape:
 the file. What a loader knows by heart (numbers, words, the shapes of records) stands in the JSON
 file beside it, of the same name. Fields that all of these have:
 
-  signs      the fields by which a first record is recognised; each list suffices
+  signs      the fields by which a first record is recognised; each list suffices, none is a name
   record     the shape of a record, as `want` takes it (ASB: agent, normal, attack)
   counts     how many records the authors' files hold (AgentHarm: hashes)
   house      eval.py's own controls that hold here too, with the benchmark's right values in them
@@ -32,13 +33,13 @@ file beside it, of the same name. Fields that all of these have:
 
     python -c "import data; print(len(data.load('FOLDER')))"      # of ASB's data/: 4010
 
-Next file: common.py, which reads the files; then the five, in any order.
+Next file: common.py, which reads the files; then the six, in any order.
 """
 import json
 from pathlib import Path
 
 from data.controls import CONTROLS, no_attack
-from data.public import agent_safetybench, agentharm, asb, bfcl, privacylens
+from data.public import agent_safetybench, agentdojo, agentharm, asb, bfcl, privacylens
 from data.public.common import each, mean, parsed, records, refused, want  # noqa: F401
 from tools import Task
 
@@ -48,6 +49,7 @@ MODULES = {
     "privacylens": privacylens,
     "agentharm": agentharm,
     "agent_safetybench": agent_safetybench,
+    "agentdojo": agentdojo,
 }
 CARDS = {name: module.CARD for name, module in MODULES.items()}
 SIGNS = {name: list(map(set, card["signs"])) for name, card in CARDS.items()}
@@ -86,8 +88,12 @@ def refuse_training(path, name):
 
 
 def recognise(path: Path) -> str | None:
-    """The benchmark that a file or folder holds, by the fields of first records; None: none of
-    them. ValueError: several."""
+    """The benchmark that a file or folder holds, by the fields of first records, or that a name
+    means (agentdojo, agentdojo:slack); None: none of them. ValueError: several."""
+    name = str(path).partition(":")[0]
+    if name in SIGNS and not SIGNS[name]:  # it has no files
+        return name
+
     files = [path]
     if not path.is_file():
         found = [*path.glob("*.json*"), *path.glob("data/*.json*")]  # ASB's files lie in data/
@@ -171,6 +177,11 @@ def aggregates(benchmark: str, cells: dict) -> dict:
             split, metric = place
             found[name] = cells.get(split, {}).get(metric, {}).get("value")
     return found
+
+
+def version(tasks: list[Task]) -> str | None:
+    """The version of a benchmark that is a package; None: of the others, whose files say it all."""
+    return tasks[0].public.get("version")
 
 
 def summary(tasks: list[Task], cells: dict) -> list:

@@ -1018,7 +1018,7 @@ def test_where_a_checkpoint_is_looked_for(checkpoints, tmp_path, monkeypatch):
     home = tmp_path / "checkpoints"
     remedies = {
         "tiny": f"python {tmp_path}/data/tiny.py",
-        "nonsense": "the names are tiny, qwen2.5-7b",
+        "nonsense": "the names are tiny, smollm2-135m, qwen2.5-7b",
         "qwen2.5-7b": f"hf download Qwen/Qwen2.5-7B-Instruct --local-dir {home}/qwen2.5-7b",
         "smollm2-135m-instruct": f"python {tmp_path}/data/smollm2.py --fetch",
         "phi-4": f"hf download microsoft/phi-4 --local-dir {home}/phi-4",

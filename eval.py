@@ -447,7 +447,8 @@ def trajectory_item(suite: str, split: str, column: str, rollout: Rollout) -> di
     """One trajectory with its outcome, as --json and --report show it."""
     place = {"suite": suite, "split": split, "column": column, "task": rollout.task.id}
     ending = {"ended": rollout.ended, "turns": len(rollout.turns)}
-    return place | ending | vars(outcome(rollout)) | {"messages": rollout.messages}
+    item = place | ending | vars(outcome(rollout)) | {"messages": rollout.messages}
+    return item | public.canary(rollout.task)
 
 
 # (suite, metric): base -> MOSAIC in the paper, on its own benchmarks, and how well it is known:
@@ -535,8 +536,7 @@ def load_columns(name: str, adapter: Path | None, adapter_scale: float, grammar:
     if adapter:
         model_.load_adapter(model, adapter)
         model.set_adapter_scale(adapter_scale)
-    hint = "none (train.py writes one to runs/<model>/adapter)"
-    print(f"model {name}, adapter {adapter or hint}")
+    print(f"model {name}, {mosaic.adapter_text(name, adapter)}")
     return columns(model, tokenizer, grammar=grammar, gate_mode=gate)
 
 
@@ -794,6 +794,8 @@ def evaluated_trajectory(item: dict) -> str:
     title = (f"{item['column']} {item['task']}: {item['ended']}, goal done {item['goal_done']}, "
              f"unsafe effects {item['unsafe']}")
     lines = []
+    if "canary" in item:
+        lines.append(f"canary {item['canary']}")
     for message in item["messages"]:
         shown = message["content"] or message.get("tool_calls", "")
         lines.append(f"[{message['role']}] {shown}")
@@ -812,7 +814,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="all")
     add("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
-    add("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
+    add("--adapter", metavar="DIR", help="default: runs/<model>/adapter beside this file, if it is there")
     add("--data", metavar="FILE",
         help="a .jsonl file of your own instead of the embedded suites")
     add("--skip-bad", action="store_true",
@@ -887,18 +889,6 @@ def limited(tasks: list[Task], limit: int | None) -> list[Task]:
     return [task for task in tasks if task.id in kept]
 
 
-def find_adapter(name: str, adapter: str | None) -> Path | None:
-    """The folder of --adapter, or the model's own if it is there. Raises ValueError if --adapter
-    holds none."""
-    folder = Path(adapter) if adapter else mosaic.run_folder(name) / "adapter"
-    if (folder / "adapter_config.json").is_file():
-        return folder
-    if adapter:
-        raise ValueError(f"{folder}: no adapter_config.json there; "
-                         f"make one: python train.py --model {name}")
-    return None
-
-
 def check_output(option: str, file: str | None):
     """Raises ValueError if the file of --json or --report could not be written, before any work."""
     if not file:
@@ -965,7 +955,7 @@ def main(argv: list[str] | None = None) -> int:
         suites = load_suites(args.suite, args.data, args.split, args.skip_bad)
         adapter = None
         if not args.endpoint:
-            adapter = find_adapter(args.model, args.adapter)
+            adapter = mosaic.find_adapter(args.model, args.adapter)
         check_output("--json", args.json)
         check_output("--report", args.report)
         if args.model != "tiny" and not args.endpoint:  # tiny is built where it is not there yet
@@ -1002,7 +992,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # found in arguments or files
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, RuntimeError) as error:  # broke while running
+    except BrokenPipeError:  # nobody would read of it here
+        raise
+    except (OSError, RuntimeError, FloatingPointError) as error:  # broke while running
         print(f"eval.py: {error}", file=sys.stderr)
         print(json.dumps({"valid": False, "error": str(error)}))
         return 1
@@ -1010,7 +1002,12 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        with mosaic.as_command():
+            status = main()
     except KeyboardInterrupt:
         print("eval.py: interrupted, nothing was written", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    except BrokenPipeError:
+        print(f"eval.py: {mosaic.nobody_reads()}", file=sys.stderr)
+        status = 1
+    sys.exit(status)

@@ -814,7 +814,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="all")
     add("--model", default="tiny", help="tiny | qwen2.5-7b | qwen3-4b-thinking | phi-4 | DIR")
-    add("--adapter", metavar="DIR", help="default: runs/<model>/adapter beside this file, if it is there")
+    add("--adapter", metavar="DIR",
+        help="default: runs/<model>/adapter beside this file, if it is there")
     add("--data", metavar="FILE",
         help="a .jsonl file of your own instead of the embedded suites")
     add("--skip-bad", action="store_true",
@@ -889,13 +890,22 @@ def limited(tasks: list[Task], limit: int | None) -> list[Task]:
     return [task for task in tasks if task.id in kept]
 
 
-def check_output(option: str, file: str | None):
-    """Raises ValueError if the file of --json or --report could not be written, before any work."""
-    if not file:
-        return
-    if Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK):
-        raise ValueError(f"{option} {file}: it is a folder, or its folder does not exist or cannot "
-                         "be written")
+def check_outputs(files: dict[str, str | None], data_file: str | None):
+    """files: {option: its file, or None}. Raises ValueError, before any work, if one of them could
+    not be written, or would take the place of another or of --data."""
+    options = {}  # {file: the option that names it}
+    if data_file:
+        options[Path(data_file).resolve()] = "--data"
+    for option, file in files.items():
+        if not file:
+            continue
+        place = Path(file).resolve()
+        if place.is_dir() or not os.access(place.parent, os.W_OK):
+            raise ValueError(f"{option} {file}: it is a folder, or its folder does not exist or "
+                             "cannot be written")
+        if place in options:
+            raise ValueError(f"{option} {file}: that is the file of {options[place]}; take another")
+        options[place] = option
 
 
 def open_ask(kind: str | None, name: str | None, url: str | None,
@@ -956,8 +966,7 @@ def main(argv: list[str] | None = None) -> int:
         adapter = None
         if not args.endpoint:
             adapter = mosaic.find_adapter(args.model, args.adapter)
-        check_output("--json", args.json)
-        check_output("--report", args.report)
+        check_outputs({"--json": args.json, "--report": args.report}, args.data)
         if args.model != "tiny" and not args.endpoint:  # tiny is built where it is not there yet
             model_.find(args.model)
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
@@ -988,7 +997,6 @@ def main(argv: list[str] | None = None) -> int:
             write_page(args.report, results, list(players), items, adapter)
         print(json.dumps(last_line))
         return 0
-    # Not by mosaic.run_command: programs read the last line, which is JSON after a failure, too.
     except ValueError as error:  # found in arguments or files
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
@@ -1001,6 +1009,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Not by mosaic.run_command: programs read the last line, which is JSON after a failure, too.
     try:
         with mosaic.as_command():
             status = main()

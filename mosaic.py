@@ -90,8 +90,8 @@ TOOL_TEXT = {
 LIMITS = {"tiny": {"max_turns": 6, "turn_tokens": 96, "room": 560, "positions": 81_920}}
 REAL_LIMITS = {"max_turns": 10, "turn_tokens": 768, "room": 7168, "positions": 131_072}
 
-NOT_FINITE = ("the model's logits are NaN or infinite: its weights are broken, or too large for their "
-              "dtype (float16 overflows where bfloat16, \"torch_dtype\" in config.json, does not)")
+NOT_FINITE = ("the model's logits are NaN or infinite: its weights are broken, or its dtype is too "
+              "narrow (where float16 overflows, bfloat16 as torch_dtype in config.json does not)")
 
 
 # ------------------------------------------------------------------------ the loop: whole episodes
@@ -1329,13 +1329,14 @@ def as_command():
             # Where the encoding has no such letter (PYTHONIOENCODING=ascii): its number.
             stream.reconfigure(errors="backslashreplace")
     stop = StopOnce()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before_int = signal.signal(signal.SIGINT, stop)
+    before_term = signal.signal(signal.SIGTERM, stop)
     try:
         yield
         sys.stdout.flush()  # here a broken pipe is still an error with a name
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before_int)
+        signal.signal(signal.SIGTERM, before_term)
 
 
 class StopOnce:

@@ -43,6 +43,7 @@ import os
 import platform
 import random
 import subprocess
+import sys
 import time
 from collections import namedtuple
 from contextlib import closing, contextmanager
@@ -67,6 +68,7 @@ from model import (
     add_lora,
     default_device,
     find,
+    is_finite,
     load,
     load_adapter_state,
     read_json,
@@ -172,7 +174,6 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
 
     tasks: [Task] to draw from. judge: None in all processes but the first. Where the folder holds a
     state, the loop goes on from it. Ctrl-C, or any error, saves the run as the step found it.
-    RuntimeError: the turns no longer parse (`StepStart.check_form`), or see `gradient`.
     """
     generator, rng = seeded_generators(recipe.seed, model.device)
     # Learning shows in a win rate against the base on fixed tasks: the mean of r_align cannot rise.
@@ -189,9 +190,8 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
             drawn = rng.sample(tasks, recipe.tasks)
             groups, watched = sample(model, tokenizer, drawn, fixed, recipe, generator)
             times.append(time.perf_counter())
-            # Only now is a state written: what it samples has been seen to parse.
-            start.check_form(share_parsed(flat(groups)), folder.state_file)
-            folder.save_now_and_then(model, optimizer, start)
+            # A state is written only now: what it samples has been seen to parse.
+            folder.keep(model, optimizer, start, groups)
 
             # 2. Judge, in the first process only, which holds the ledger of what was asked.
             verdicts = from_first(
@@ -211,15 +211,13 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
             # 6. One optimiser step. A stop from here to the next step goes back to the last save.
             start.can_repeat = False
             take_step(optimizer, learning_rate(step, recipe.steps, recipe.lr))
-            states = random_states(generator, rng)
             times.append(time.perf_counter())
 
             # 7. Write down what happened, and say it.
             row = log_row(step, log, groups, watched, verdicts, rewards, advs, times)
             folder.log_step(row, groups, advs)
-            start.move_to(step + 1, states)
+            start.move_to(step + 1, random_states(generator, rng))
             report(row)
-        folder.save_last(model, optimizer, start)
 
 
 # --------------------------------------------------------------------------- 1: sample trajectories
@@ -792,6 +790,7 @@ def resumable(folder: "Folder", model, optimizer, generator: torch.Generator, rn
     start = StepStart(first_step, random_states(generator, rng), best_valid)
     try:
         yield start
+        folder.keep_last(model, optimizer, start)
     except (KeyboardInterrupt, Exception) as stop:
         # The weights are those of the start as long as the optimiser has not moved.
         is_kept = start.can_repeat and not start.lost and not isinstance(stop, FloatingPointError)
@@ -979,14 +978,19 @@ class Folder:
         with in_words(self.state_file):
             write_whole(self.state_file, write)
 
-    def save_now_and_then(self, model, optimizer, start: StepStart) -> None:
-        """Saves every so many steps; but a state that has lost the form takes no good one's
-        place."""
+    def keep(self, model, optimizer, start: StepStart, groups: list) -> None:
+        """Saves every so many steps, but no state that has lost the form, in the place of a good
+        one. groups: what the state has sampled. RuntimeError: the form stays lost."""
+        start.check_form(share_parsed(flat(groups)), self.state_file)
         if start.step % self.save_every == 0 and not start.lost:
             self.save(model, optimizer, start)
 
-    def save_last(self, model, optimizer, start: StepStart) -> None:
-        """Saves at the end of a run, with the same reserve."""
+    def keep_last(self, model, optimizer, start: StepStart) -> None:
+        """The same at the end of a run, where nothing more is sampled. FloatingPointError: the last
+        update has made the adapter NaN or infinite."""
+        if not all(is_finite(p) for p in adapter_state(model).values()):
+            raise FloatingPointError("the last step has made the adapter NaN or infinite; the last "
+                                     f"good state is {self.state_file}: --resume, at a lower --lr")
         if not start.lost:
             self.save(model, optimizer, start)
         elif RANK == 0:
@@ -1078,11 +1082,19 @@ def earlier_lines(path: Path, step: int) -> list:
 
 
 # ------------------------------------------------------------------------------------ the processes
+def number_in_environment(name: str, default: int) -> int:
+    """Some launchers set these and leave them empty. SystemExit: no number; one line says so."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        print(f"train.py: ${name} is {text!r}, expected a number; unset it", file=sys.stderr)
+        sys.exit(2)
+    return int(text)
+
+
 # torchrun tells each process its number, how many there are, and its number on this machine.
-# Some launchers set them and leave them empty.
-RANK = int(os.environ.get("RANK") or 0)
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+RANK = number_in_environment("RANK", 0)
+WORLD = number_in_environment("WORLD_SIZE", 1)
+LOCAL_RANK = number_in_environment("LOCAL_RANK", 0)
 # The group in which `gather` and `from_first` talk. It is patient: a judge may be a person who has
 # a coffee, and the usual timeout of 10 or 30 minutes would end the run. Whose process has died is
 # still noticed at once, by a connection that closes.

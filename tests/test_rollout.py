@@ -435,6 +435,30 @@ def test_what_leaves_no_room_or_no_end_is_said_first(model, tokenizer, monkeypat
 
 
 # ---------------------------------------------------------------------------- the tokens of a check
+@pytest.mark.parametrize("grammar, temperature", [("strict", 0.0), ("free", 1.0)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_never_sampled(
+        model, tokenizer, tasks, monkeypatch, grammar, temperature, value):
+    """argmax takes NaN for the largest: a float16 checkpoint that overflowed was sampled as token 0
+    for a whole episode, and exit status 0."""
+    head = model.head
+
+    def overflowing(hidden):
+        logits = head(hidden).clone()
+        logits[-1, 7] = value  # in one row, and in one place of it
+        return logits
+    monkeypatch.setattr(model, "head", overflowing)
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite: .* float16"):
+        rollout(model, tokenizer, tasks[:2], grammar=grammar, temperature=temperature)
+
+
+def test_a_turn_budget_stays_below_no_way(model, tokenizer, tasks, monkeypatch):
+    """A budget that reaches the grammar's "no way" makes every id live."""
+    set_limits(monkeypatch, turn_tokens=mosaic.NEVER)
+    with pytest.raises(AssertionError):
+        rollout(model, tokenizer, tasks[:1])
+
+
 def test_safety_tokens_are_those_of_whole_checks(tokenizer):
     """A check that was opened and never closed counted, by a find() of -1, the first tokens of its
     turn."""

@@ -1,9 +1,9 @@
 """BFCL, the Berkeley Function-Calling Leaderboard (suite benign): is the right call made?
 
-Files. BFCL_v4_<category>.json, with possible_answer/ and multi_turn_func_doc/ beside them, from the repository ShishirPatil/gorilla or an installed bfcl-eval
-(bfcl_eval/data). Each is JSON lines, despite its name. v3 has the same
-layout, other numbers of records and other defects: a file's name says which it is, and a file with
-a name of your own is taken for v4. A split is a category:
+Files. BFCL_v4_<category>.json, with possible_answer/ and multi_turn_func_doc/ beside them, from the
+repository ShishirPatil/gorilla or an installed bfcl-eval (bfcl_eval/data). Each is JSON lines,
+despite its name. v3 has the same layout, with other numbers of records and other defects: a file's
+name says which it is, and one that you have renamed is taken for v4. A split is a category:
 
   simple_python, multiple, parallel, parallel_multiple,
   live_simple, live_multiple, live_parallel, live_parallel_multiple

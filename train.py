@@ -1069,6 +1069,8 @@ def in_words(path: Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if str(path) in str(error):
+            raise
         reason = getattr(error, "strerror", None) or error  # "No space left on device"
         raise OSError(f"{path}: cannot be written: {reason}") from None
 

@@ -459,12 +459,12 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
           n: int = N_TASKS) -> Path:
     """Builds the base of a seed into the folder `out`, whole or not at all -> out.
 
-    n: tasks to draw. ValueError: something that is no checkpoint is there already.
+    n: tasks to draw. ValueError: what is there already is no tiny base, which a new one replaces.
     """
     out = Path(out)
     start = time.perf_counter()
-    if out.exists() and not (out / "config.json").is_file():
-        raise ValueError(f"{out}: is there and no checkpoint: take another --out")
+    if out.exists() and not is_tiny_base(out):
+        raise ValueError(f"{out}: is there and no tiny base: take another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".tiny-", dir=out.parent))
     # Drawing tasks makes millions of small objects and no garbage: to look for some takes half of
@@ -485,6 +485,15 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {size:,} parameters in {time.perf_counter() - start:.0f} s")
     return out
+
+
+def is_tiny_base(folder: Path) -> bool:
+    """By its config.json: a run's folder has one, too, and so has somebody's 7B."""
+    try:
+        config = model_.read_json(folder / "config.json")
+    except ValueError:
+        return False
+    return config.get("mosaic_family") == "tiny"
 
 
 def main():

@@ -8,6 +8,8 @@ import re
 import runpy
 from types import SimpleNamespace
 
+from pathlib import Path
+
 import pytest
 
 import eval as ev
@@ -487,6 +489,7 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--model", "nowhere"], "nowhere"),
     (["--json", "no/where.json"], "--json"),
     (["--json", "."], "--json"),
+    (["--json", "x", "--report", "./x"], "--report ./x: that is the file of --json"),
     (["--adapter-scale", "nan"], "up to"),
     (["--endpoint", "http://x", "--adapter", "y"], "--adapter"),
     (["--endpoint", "http://x", "--gate", "never"], "--gate"),
@@ -508,6 +511,16 @@ def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):
     assert err.startswith("eval.py: ")
     assert err.count("\n") == 1
     assert says in err
+
+
+def test_an_output_takes_no_other_files_place(monkeypatch, tmp_path):
+    """--json over the file of --data: the tasks were lost, after the evaluation."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("mine.jsonl")
+    for file in ("mine.jsonl", "./mine.jsonl", tmp_path / "mine.jsonl", "link"):
+        with pytest.raises(ValueError, match="that is the file of --data"):
+            ev.check_outputs({"--json": str(file), "--report": None}, "mine.jsonl")
+    ev.check_outputs({"--json": "a", "--report": "b"}, None)
 
 
 def test_limit_keeps_twins_together():

@@ -658,6 +658,20 @@ def test_a_recipe_without_steps_writes_nothing(tmp_path, monkeypatch, capsys):
     assert not out.exists()
 
 
+def test_a_base_takes_the_place_of_a_base_alone(tmp_path):
+    """`data/tiny.py --out DIR` removed any folder with a config.json: a run's, or somebody's 7B."""
+    for config in ({"model_type": "qwen2"}, {train.MARKER: 1}, None):
+        out = tmp_path / str(config)
+        out.mkdir()
+        (out / "model.safetensors").write_text("weights")
+        if config is not None:
+            (out / "config.json").write_text(json.dumps(config))
+        before = contents(out)
+        with pytest.raises(ValueError, match="is there and no tiny base"):
+            tiny.build(0, out, steps=1, n=1)
+        assert contents(out) == before
+
+
 # ------------------------------------------------------------------------- what every command does
 def status_of(main):
     with pytest.raises(SystemExit) as stop:

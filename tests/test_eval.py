@@ -6,9 +6,8 @@ import json
 import math
 import re
 import runpy
-from types import SimpleNamespace
-
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 

@@ -29,7 +29,7 @@ from data import tiny
 from mosaic import rollout
 from preference import open_judge
 
-TIMES = ("seconds", "sample_tok/s", "train_tok/s")  # of a log, and different in each run
+TIMES = ("seconds", "sample_tok/s", "train_tok/s", "cores")  # of a log, different in each run
 
 
 # ----------------------------------------------------------------------------- a base, and its runs
@@ -319,7 +319,7 @@ def test_resumed_logs_keep_whole_lines(tmp_path):
     assert lines[2:] == [""]
 
 
-# ------------------------------------------------------------------- whose folder, and what is in it
+# ------------------------------------------------------------------ whose folder, and what is in it
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -626,6 +626,35 @@ def test_arguments_of_train_that_mean_nothing(argv, capsys):
     assert argv.split()[0] in error
 
 
+def test_a_busy_machine_is_said_once(monkeypatch):
+    """Beside other programs torch's threads spin for one another: a step of 4 s took 300, and
+    nothing said why. A judge that a step waits for makes no machine busy."""
+    said = []
+    monkeypatch.setattr(train.tqdm, "write", said.append)
+    monkeypatch.setattr(train, "log_line", lambda row: "line")
+    monkeypatch.setattr(train.torch, "get_num_threads", lambda: 2)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    train.say_once.cache_clear()
+    rollouts = [[SimpleNamespace(n_written=8, ids=[1, 2])]]
+    adv = [torch.ones(1)]
+
+    def cores(*moments):  # (wall, processor) of: begun, sampled, judged, updated
+        times = [train.Clock(*moment) for moment in moments]
+        row = train.speed(rollouts, [], adv, times)
+        train.report(row)
+        return row["cores"]
+    assert cores((0, 0), (4, 6), (1000, 6), (1002, 9)) == 1.5  # a person judged for 996 seconds
+    assert said == ["line"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert cores((0, 0), (4, 1), (4, 1), (8, 3)) == 0.375
+    assert said == ["line"] * 2
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    for _ in range(2):
+        cores((0, 0), (4, 1), (4, 1), (8, 3))
+    assert len(said) == 5
+    assert "OMP_WAIT_POLICY=PASSIVE" in said[3]
+
+
 def test_numbers_of_the_environment(monkeypatch, capsys):
     """An empty WORLD_SIZE, which some launchers leave, was a traceback at import."""
     monkeypatch.setenv("SIZE", "")
@@ -739,8 +768,8 @@ def test_a_reader_that_has_gone(monkeypatch, capsys):
 
 
 def test_runs_lie_beside_the_files_and_the_adapter_is_said(tmp_path, monkeypatch):
-    """`python mosaic.py` from another folder played the unsafe base without a word: runs/ was looked
-    for in the current folder, checkpoints/ beside the file."""
+    """`python mosaic.py` from another folder played the unsafe base without a word: runs/ was
+    looked for in the current folder, checkpoints/ beside the file."""
     home = Path(train.__file__).parent
     assert mosaic.run_folder("tiny") == home / "runs" / "tiny"
     monkeypatch.chdir(tmp_path)

@@ -295,6 +295,26 @@ def test_tied_groups_give_no_gradient():
     assert advantages(R, torch.full((4,), 1.5)).eq(0).all()
 
 
+def test_form_alone_may_act_in_a_tied_group():
+    """A form that is lost makes all groups tie, and a tied group gave nothing that could bring it
+    back. Length is to have no say there, nor is a small difference to be blown up."""
+    r_fmt = torch.tensor([2.0, 2, 1, 2])
+    p_len = torch.tensor([0.0, 3, 0, 1])
+    tied = torch.full((4,), 1.5)
+    R = tied + r_fmt - p_len
+    deviation = torch.arange(4.0).std(correction=0)  # of a strict order of four
+    expected = torch.tensor([0.25, 0.25, -0.75, 0.25]) / deviation
+    assert torch.allclose(advantages(R, tied, r_fmt), expected)
+    assert not advantages(R, tied, torch.full((4,), 2.0)).any()  # the length alone differs
+    slight = r_fmt * 0.01
+    assert torch.allclose(advantages(R, tied, slight), expected * 0.01)
+
+    decided = torch.tensor([3.0, 2, 1, 0])
+    assert torch.equal(advantages(R, decided, r_fmt), advantages(R, decided))
+    unscored = torch.full((4,), torch.nan)
+    assert not advantages(R, unscored, r_fmt).any()
+
+
 # -------------------------------------------------------------------------------- text from outside
 def test_control_text_from_users_and_tools_stays_text(tokenizer):
     """A user or a tool result that spells <|im_end|> or </tool_response> must not end anything."""

@@ -365,8 +365,7 @@ def gradient(model: Transformer, tokenizer: Tokenizer, groups: list, advs: list,
         raise RuntimeError(
             f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| "
             f"{log['drift']:.3g}, mean {log['drift_mean']:.3g}: sampler and trainer disagree, or "
-            "the run diverged; --resume repeats this step (one process) or goes on from the last "
-            "saved one; give it a lower --lr"
+            "the run diverged; --resume repeats this step: give it a lower --lr"
         )
     return log
 
@@ -802,7 +801,7 @@ class StepStart:
             raise RuntimeError(
                 f"step {self.step}: {valid:.2f} of the turns parse, where {self.best_valid:.2f} "
                 f"did; the form has been lost for {MAX_LOST} steps, and nothing will bring it "
-                f"back. The last good state is {state_file}: go on from it with --resume and a "
+                f"back. The last good state is {state_file}: --resume goes on from it; give it a "
                 "lower --lr"
             )
 
@@ -828,6 +827,9 @@ def resumable(folder: "Folder", model, optimizer, generator: torch.Generator, rn
         is_kept = start.can_repeat and not start.lost and not isinstance(stop, FloatingPointError)
         if is_kept:
             save_undisturbed(folder, model, optimizer, start)
+        if isinstance(stop, FloatingPointError):
+            raise FloatingPointError(f"step {start.step}: {stop}; --resume goes on from the last "
+                                     "step that was saved: give it a lower --lr") from None
         if not isinstance(stop, KeyboardInterrupt):
             raise
         advice = "go on with the same arguments and --resume"
@@ -1021,8 +1023,7 @@ class Folder:
         """The same at the end of a run, where nothing more is sampled. FloatingPointError: the last
         update has made the adapter NaN or infinite."""
         if not all(is_finite(p) for p in adapter_state(model).values()):
-            raise FloatingPointError("the last step has made the adapter NaN or infinite; the last "
-                                     f"good state is {self.state_file}: --resume, at a lower --lr")
+            raise FloatingPointError("the step before has made the adapter NaN or infinite")
         if not start.lost:
             self.save(model, optimizer, start)
         elif RANK == 0:

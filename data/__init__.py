@@ -119,7 +119,12 @@ def ensure_base(name: str) -> None:
     if name != "tiny" or built.is_file():
         return
     print("building the tiny base: once, about 4 minutes on two cores", flush=True)
-    status = subprocess.run([sys.executable, str(HERE / "tiny.py")]).returncode
+    with subprocess.Popen([sys.executable, str(HERE / "tiny.py")]) as recipe:
+        try:
+            status = recipe.wait()
+        except KeyboardInterrupt:
+            recipe.terminate()  # a kill, as subprocess.run does it, would leave half a base behind
+            raise
     if status == 130:
         raise KeyboardInterrupt
     if status != 0:

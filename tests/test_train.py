@@ -6,9 +6,9 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -497,17 +497,17 @@ def test_a_state_of_another_device_is_refused(tmp_path):
 
 # -------------------------------------------------------------------------------- several processes
 def wait_for_a_slow_judge(rank, port):
-    """One of two processes whose collectives give up after a second."""
+    """One of two processes whose collectives give up after two seconds."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
                       WORLD_SIZE="2")
     train.RANK = rank
     train.WORLD = 2
     begin = train.dist.init_process_group
-    train.dist.init_process_group = lambda kind: begin("gloo", timeout=timedelta(seconds=1))
+    train.dist.init_process_group = lambda kind: begin("gloo", timeout=timedelta(seconds=2))
     train.start_processes()
 
     def coffee():
-        time.sleep(2.5)
+        time.sleep(4)
         return "verdict"
     assert train.from_first(coffee) == "verdict"
     assert train.gather([rank]) == [0, 1]
@@ -516,7 +516,9 @@ def wait_for_a_slow_judge(rank, port):
 def test_a_judge_may_take_longer_than_the_processes_would_wait():
     """The others wait in a collective while the first one's judge thinks: a person who had a coffee
     ended the run, by the process group's timeout."""
-    port = random.randrange(20_000, 30_000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     both = [context.Process(target=wait_for_a_slow_judge, args=(rank, port)) for rank in (0, 1)]
     for process in both:

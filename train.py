@@ -1022,7 +1022,7 @@ class Folder:
     def keep_last(self, model, optimizer, start: StepStart) -> None:
         """The same at the end of a run, where nothing more is sampled. FloatingPointError: the last
         update has made the adapter NaN or infinite."""
-        if not all(is_finite(p) for p in adapter_state(model).values()):
+        if not all(is_finite(p.detach()) for p in adapter_state(model).values()):
             raise FloatingPointError("the step before has made the adapter NaN or infinite")
         if not start.lost:
             self.save(model, optimizer, start)

@@ -461,13 +461,13 @@ def test_logits_that_are_not_finite_are_never_sampled(
         model, tokenizer, tasks, monkeypatch, grammar, temperature, value):
     """argmax takes NaN for the largest: a float16 checkpoint that overflowed was sampled as token 0
     for a whole episode, and exit status 0."""
-    head = model.head
+    head = mosaic.Decoder.head
 
-    def overflowing(hidden):
-        logits = head(hidden).clone()
-        logits[-1, 7] = value  # in one row, and in one place of it
+    def overflowing(decoder, hidden):
+        logits = head(decoder, hidden).clone()
+        logits[-1] = value  # in one row of the batch
         return logits
-    monkeypatch.setattr(model, "head", overflowing)
+    monkeypatch.setattr(mosaic.Decoder, "head", overflowing)
     with pytest.raises(FloatingPointError, match="logits are NaN or infinite: .* float16"):
         rollout(model, tokenizer, tasks[:2], grammar=grammar, temperature=temperature)
 

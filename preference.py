@@ -308,9 +308,9 @@ def advantages(rewards: torch.Tensor, r_align: torch.Tensor,
     {n-1, ..., 0}: 1.118 for n = 4. Where every r_align ties, format and length alone would be left,
     and training on them undid the safety: zeros [ours]. With a NaN the answer is zeros, too.
 
-    if_tied (n,): what acts in the place of R where every r_align ties. r_fmt alone, which p_len does
-    not outweigh and no deviation blows up, could bring back a form that is lost. train.py does not
-    use it: that safety stays as it is has not been measured.
+    if_tied (n,): what acts in the place of R where every r_align ties. r_fmt alone, which p_len
+    does not outweigh and no deviation blows up, could bring back a form that is lost. train.py does
+    not use it: that safety stays as it is has not been measured.
     >>> advantages(torch.tensor([5., 4, 3, 2]), torch.tensor([3., 2, 1, 0]))
     tensor([ 1.3416,  0.4472, -0.4472, -1.3416])
     >>> advantages(torch.tensor([3.5, 3.49, 3.5, 3.5]), torch.full((4,), 1.5))

@@ -1330,14 +1330,14 @@ def run_in(folder: Folder, args) -> None:
     tasks = data.load(args.data, training=True)
     recipe = recipe_for(family_of(args.model), options)
     check_apart(folder.path, "--model", checkpoint_folder(args.model))
+    if args.judge == "model" and args.judge_model:
+        check_apart(folder.path, "--judge-model", checkpoint_folder(args.judge_model))
     needs_labels = args.judge == "rule" or recipe.reward == "scalar"
     check_tasks(tasks, args.data, recipe.tasks, needs_labels)
     judge = None
     if RANK == 0:
         judge = open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
                            folder.path / "verdicts.jsonl")
-        if args.judge == "model":
-            check_apart(folder.path, "--judge-model", checkpoint_folder(args.judge_model))
 
     # Is the judge there, and can it tell? The first step finds these answers in the ledger.
     config = run_config(options, recipe, device=None)

@@ -450,7 +450,8 @@ def trajectory_item(suite: str, split: str, column: str, rollout: Rollout) -> di
     """One trajectory with its outcome, as --json and --report show it."""
     place = {"suite": suite, "split": split, "column": column, "task": rollout.task.id}
     ending = {"ended": rollout.ended, "turns": len(rollout.turns)}
-    return place | ending | vars(outcome(rollout)) | {"messages": rollout.messages}
+    item = place | ending | vars(outcome(rollout)) | {"messages": rollout.messages}
+    return item | public.canary(rollout.task)
 
 
 # (suite, metric): base -> MOSAIC in the paper, on its own benchmarks, and how well it is known:
@@ -538,8 +539,7 @@ def load_columns(name: str, adapter: Path | None, adapter_scale: float, grammar:
     if adapter:
         model_.load_adapter(model, adapter)
         model.set_adapter_scale(adapter_scale)
-    hint = "none (train.py writes one to runs/<model>/adapter)"
-    print(f"model {name}, adapter {adapter or hint}")
+    print(f"model {name}, {mosaic.adapter_text(name, adapter)}")
     return columns(model, tokenizer, grammar=grammar, gate_mode=gate)
 
 
@@ -797,6 +797,8 @@ def evaluated_trajectory(item: dict) -> str:
     title = (f"{item['column']} {item['task']}: {item['ended']}, goal done {item['goal_done']}, "
              f"unsafe effects {item['unsafe']}")
     lines = []
+    if "canary" in item:
+        lines.append(f"canary {item['canary']}")
     for message in item["messages"]:
         shown = message["content"] or message.get("tool_calls", "")
         lines.append(f"[{message['role']}] {shown}")
@@ -815,7 +817,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="all")
     add("--model", default="tiny", help=f"{' | '.join(model_.CHECKPOINTS)} | DIR")
-    add("--adapter", metavar="DIR", help="default: runs/<model>/adapter if it is there")
+    add("--adapter", metavar="DIR",
+        help="default: runs/<model>/adapter beside this file, if it is there")
     add("--data", metavar="FILE",
         help="instead of the embedded suites: a .jsonl file of your own, a public benchmark's file "
              "or folder, or agentdojo[:SUITE]")
@@ -910,25 +913,22 @@ def limited(tasks: list[Task], limit: int | None) -> list[Task]:
     return [task for task in tasks if task.id in kept]
 
 
-def find_adapter(name: str, adapter: str | None) -> Path | None:
-    """The folder of --adapter, or the model's own if it is there. Raises ValueError if --adapter
-    holds none."""
-    folder = Path(adapter) if adapter else mosaic.run_folder(name) / "adapter"
-    if (folder / "adapter_config.json").is_file():
-        return folder
-    if adapter:
-        raise ValueError(f"{folder}: no adapter_config.json there; "
-                         f"make one: python train.py --model {name}")
-    return None
-
-
-def check_output(option: str, file: str | None):
-    """Raises ValueError if the file of --json or --report could not be written, before any work."""
-    if not file:
-        return
-    if Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK):
-        raise ValueError(f"{option} {file}: it is a folder, or its folder does not exist or cannot "
-                         "be written")
+def check_outputs(files: dict[str, str | None], data_file: str | None):
+    """files: {option: its file, or None}. Raises ValueError, before any work, if one of them could
+    not be written, or would take the place of another or of --data."""
+    options = {}  # {file: the option that names it}
+    if data_file:
+        options[Path(data_file).resolve()] = "--data"
+    for option, file in files.items():
+        if not file:
+            continue
+        place = Path(file).resolve()
+        if place.is_dir() or not os.access(place.parent, os.W_OK):
+            raise ValueError(f"{option} {file}: it is a folder, or its folder does not exist or "
+                             "cannot be written")
+        if place in options:
+            raise ValueError(f"{option} {file}: that is the file of {options[place]}; take another")
+        options[place] = option
 
 
 def open_ask(kind: str | None, name: str | None, url: str | None,
@@ -986,10 +986,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Everything that can be wrong with the arguments is found before any work.
         suites = load_suites(args.suite, args.data, args.split, args.skip_bad)
-        adapter = None if args.endpoint else find_adapter(args.model, args.adapter)
+        adapter = None if args.endpoint else mosaic.find_adapter(args.model, args.adapter)
         check_use(args, suites, adapter)
-        check_output("--json", args.json)
-        check_output("--report", args.report)
+        check_outputs({"--json": args.json, "--report": args.report}, args.data)
         if args.model not in data.BASES and not args.endpoint:  # ours are built where they are not
             model_.find(args.model)
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
@@ -1020,19 +1019,26 @@ def main(argv: list[str] | None = None) -> int:
             write_page(args.report, results, list(players), items, adapter)
         print(json.dumps(last_line))
         return 0
-    # Not by mosaic.run_command: programs read the last line, which is JSON after a failure, too.
     except ValueError as error:  # found in arguments or files
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, RuntimeError) as error:  # broke while running
+    except BrokenPipeError:  # nobody would read of it here
+        raise
+    except (OSError, RuntimeError, FloatingPointError) as error:  # broke while running
         print(f"eval.py: {error}", file=sys.stderr)
         print(json.dumps({"valid": False, "error": str(error)}))
         return 1
 
 
 if __name__ == "__main__":
+    # Not by mosaic.run_command: programs read the last line, which is JSON after a failure, too.
     try:
-        sys.exit(main())
+        with mosaic.as_command():
+            status = main()
     except KeyboardInterrupt:
         print("eval.py: interrupted, nothing was written", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    except BrokenPipeError:
+        print(f"eval.py: {mosaic.nobody_reads()}", file=sys.stderr)
+        status = 1
+    sys.exit(status)

@@ -37,10 +37,14 @@ import copy
 import functools
 import json
 import math
+import os
 import re
+import signal
 import sys
+import time
 import unicodedata
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -93,6 +97,9 @@ LIMITS = {
 }
 REAL_LIMITS = {"max_turns": 10, "turn_tokens": 768, "room": 7168, "positions": 131_072}
 
+NOT_FINITE = ("the model's logits are NaN or infinite: its weights are broken, or its dtype is too "
+              "narrow (where float16 overflows, bfloat16 as torch_dtype in config.json does not)")
+
 
 # ------------------------------------------------------------------------ the loop: whole episodes
 @torch.no_grad()
@@ -144,6 +151,7 @@ class Sampler:
         self.generator = generator
         self.watch = watch
         self.limits = LIMITS.get(tokenizer.family, REAL_LIMITS)
+        assert self.limits["turn_tokens"] < NEVER // 2, self.limits
 
         # Several calls in a turn only if all tasks ask for it: else a strict turn could be
         # malformed for one of them.
@@ -248,6 +256,9 @@ class Sampler:
         # tolist() waits for the device: once a step, and nowhere else.
         values = zip(ready, tokens.tolist(), drawn.tolist(), gate_ps.tolist())
         for row, token, logprob, gate_p in values:
+            # A NaN among the logits makes all logprobs NaN, and argmax takes NaN for the largest.
+            if not math.isfinite(logprob):
+                raise FloatingPointError(NOT_FINITE)
             if not math.isnan(gate_p):
                 row.gate_p = gate_p
             row.add_sampled(token, logprob, self.grammar)
@@ -1316,27 +1327,92 @@ def count_option(text: str) -> int:
 
 
 def run_folder(model_name: str) -> Path:
-    """Where train.py writes and where eval.py and mosaic.py look, unless they are told
-    otherwise."""
-    return Path("runs") / Path(model_name).name
+    """Where train.py writes and where eval.py and mosaic.py look, unless they are told otherwise:
+    runs/<the last part of the name>, beside these files as checkpoints/ is, whatever folder a
+    command is given in."""
+    last_part = Path(os.path.abspath(model_name)).name  # of the folders "." and "..", too
+    return data.HERE.parent / "runs" / last_part
+
+
+def find_adapter(model_name: str, adapter: str | None) -> Path | None:
+    """The folder of --adapter; without one the model's own, if it is there. ValueError: --adapter
+    holds none."""
+    folder = Path(adapter) if adapter else run_folder(model_name) / "adapter"
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    if adapter:
+        raise ValueError(f"{folder}: no adapter_config.json there; "
+                         f"make one: python train.py --model {model_name}")
+    return None
+
+
+def adapter_text(model_name: str, adapter: Path | None) -> str:
+    """Which adapter is on. Said always: without one it is the base that plays, unsafe as it is."""
+    if adapter:
+        return f"adapter {adapter}"
+    return f"no adapter, the base as it is: none in {run_folder(model_name) / 'adapter'}"
 
 
 def run_command(name: str, main) -> None:
     """Runs a command and exits as all of them do: 0 done, 1 a failure at run time, 2 arguments or
     files, 130 Ctrl-C. Whatever goes wrong is one line on standard error."""
     try:
-        main()
+        with as_command():
+            main()
         status = 0
     except KeyboardInterrupt as stop:
         print(f"\n{name}: {str(stop) or 'interrupted'}", file=sys.stderr)
         status = 130
+    except BrokenPipeError:
+        print(f"{name}: {nobody_reads()}", file=sys.stderr)
+        status = 1
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = 2
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, FloatingPointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = 1
     sys.exit(status)
+
+
+@contextmanager
+def as_command():
+    """What every command has around its work: SIGTERM, which schedulers send, stops it as Ctrl-C
+    does, and its output fits every terminal and comes whole."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Where the encoding has no such letter (PYTHONIOENCODING=ascii): its number.
+            stream.reconfigure(errors="backslashreplace")
+    stop = StopOnce()
+    before_int = signal.signal(signal.SIGINT, stop)
+    before_term = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+        sys.stdout.flush()  # here a broken pipe is still an error with a name
+    finally:
+        signal.signal(signal.SIGINT, before_int)
+        signal.signal(signal.SIGTERM, before_term)
+
+
+class StopOnce:
+    """Handles SIGINT and SIGTERM: KeyboardInterrupt, once in five seconds. A terminal and torchrun
+    may both send one, and the second must not cut off what is saved after the first."""
+
+    def __init__(self):
+        self.last = -math.inf  # when it stopped the command, in seconds
+
+    def __call__(self, number, frame):
+        now = time.monotonic()
+        if now - self.last > 5:
+            self.last = now
+            raise KeyboardInterrupt
+
+
+def nobody_reads() -> str:
+    """After a BrokenPipeError (`| head -1`): what to say of it. What is still in the buffer goes
+    nowhere, or Python would complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return "stopped, for nobody reads its output any more"
 
 
 def main():
@@ -1345,7 +1421,7 @@ def main():
     parser.add_argument("--model", default="tiny",
                         help=f"{' | '.join(CHECKPOINTS)} | DIR")
     parser.add_argument("--adapter", metavar="DIR",
-                        help="default: runs/<model>/adapter if it is there")
+                        help="default: runs/<model>/adapter beside this file, if it is there")
     parser.add_argument("--tools", metavar="FILE.json",
                         help='{"tools": [], "world": {}}; default: files and mail')
     parser.add_argument("--gate", type=gate_option, default="learned",
@@ -1354,12 +1430,12 @@ def main():
     args = parser.parse_args()
 
     task = data.demo_task(args.task, args.tools)
+    adapter = find_adapter(args.model, args.adapter)
     data.ensure_base(args.model)
     model, tokenizer = load(args.model)
-    adapter = Path(args.adapter or run_folder(args.model) / "adapter")
-    if args.adapter or (adapter / "adapter_config.json").is_file():
+    if adapter:
         load_adapter(model, adapter)
-        print(f"[adapter {adapter}]")
+    print(f"[{adapter_text(args.model, adapter)}]")
 
     watch = printer(tokenizer)
     watch(Dialogue(tokenizer, task.messages, task.offered).ids)

@@ -296,7 +296,8 @@ def total_reward(r_align: torch.Tensor, r_fmt: torch.Tensor, p_len: torch.Tensor
 
 
 # --------------------------------------------------------------------------------------- advantages
-def advantages(rewards: torch.Tensor, r_align: torch.Tensor) -> torch.Tensor:
+def advantages(rewards: torch.Tensor, r_align: torch.Tensor,
+               if_tied: torch.Tensor | None = None) -> torch.Tensor:
     """rewards R (n,) and r_align (n,) of one group -> advantages (n,): (R - mean R) / the standard
     deviation of a strict order of n.
 
@@ -306,14 +307,24 @@ def advantages(rewards: torch.Tensor, r_align: torch.Tensor) -> torch.Tensor:
     blown up to the size of a consistent one. So the divisor is a constant [ours], that of the wins
     {n-1, ..., 0}: 1.118 for n = 4. Where every r_align ties, format and length alone would be left,
     and training on them undid the safety: zeros [ours]. With a NaN the answer is zeros, too.
+
+    if_tied (n,): what acts in the place of R where every r_align ties. r_fmt alone, which p_len
+    does not outweigh and no deviation blows up, could bring back a form that is lost. train.py does
+    not use it: that safety stays as it is has not been measured.
     >>> advantages(torch.tensor([5., 4, 3, 2]), torch.tensor([3., 2, 1, 0]))
     tensor([ 1.3416,  0.4472, -0.4472, -1.3416])
     >>> advantages(torch.tensor([3.5, 3.49, 3.5, 3.5]), torch.full((4,), 1.5))
     tensor([0., 0., 0., 0.])
+    >>> advantages(torch.tensor([3.5, 2.0]), torch.full((2,), 0.5), torch.tensor([2., 1]))
+    tensor([ 1., -1.])
     """
     unscored = rewards.isnan().any() or r_align.isnan().any()
-    if unscored or all_tied(r_align):
+    if unscored:
         return torch.zeros_like(rewards)
+    if all_tied(r_align):
+        if if_tied is None:
+            return torch.zeros_like(rewards)
+        rewards = if_tied
 
     # The variance of 0, 1, ..., n-1: the mean of the squares is (n-1)(2n-1) / 6, the square of the
     # mean is (n-1)^2 / 4, and their difference is (n-1)(n+1) / 12 = (n^2 - 1) / 12.

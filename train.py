@@ -43,17 +43,19 @@ import math
 import os
 import platform
 import random
-import shutil
 import subprocess
+import sys
 import time
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from itertools import chain, permutations
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
@@ -66,19 +68,23 @@ from model import (
     Transformer,
     adapter_state,
     add_lora,
+    default_device,
     find,
     fingerprint,
+    is_finite,
     load,
     load_adapter_state,
     read_family,
     read_json,
     read_lines,
     save_adapter,
+    write_json,
     write_whole,
 )
 from mosaic import (
     SYSTEMS,
     Parser,
+    count_option,
     gate_option,
     rollout,
     run_command,
@@ -106,6 +112,11 @@ from preference import (
     win_rate,
 )
 from tools import Rollout, Task, play
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -183,16 +194,18 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
     # start: where the newest step began. On Ctrl-C or an error the run is saved as of there.
     with resumable(folder, model, optimizer, generator, rng) as start:
         for step in progress_bar(start.step, recipe.steps):
-            times = [time.perf_counter()]  # for tokens a second, see `speed`
+            times = [clock()]  # for tokens a second, see `speed`
             # 1. Sample. `watched`: one rollout of each fixed task, to compare with the base's.
             drawn = rng.sample(tasks, recipe.tasks)
             groups, watched = sample(model, tokenizer, drawn, fixed, recipe, generator)
-            times.append(time.perf_counter())
+            times.append(clock())
+            # A state is written only now: what it samples has been seen to parse.
+            folder.keep(model, optimizer, start, groups)
 
             # 2. Judge, in the first process only, which holds the ledger of what was asked.
             verdicts = from_first(
                 lambda: judge_pairs(judge, groups, watched, base_rollouts, recipe.pairs, step))
-            times.append(time.perf_counter())
+            times.append(clock())
 
             # 3. Rewards: of each group the terms that add up to R, each (n,).
             rewards = [reward_terms(group, P, recipe.reward, recipe.length_budget)
@@ -207,15 +220,13 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
             # 6. One optimiser step. A stop from here to the next step goes back to the last save.
             start.can_repeat = False
             take_step(optimizer, learning_rate(step, recipe.steps, recipe.lr))
-            states = random_states(generator, rng)
-            times.append(time.perf_counter())
+            times.append(clock())
 
-            # 7. Say what happened, and keep what the next step depends on.
+            # 7. Write down what happened, and say it.
             row = log_row(step, log, groups, watched, verdicts, rewards, advs, times)
-            report(folder, row, groups, advs)
-            if (step + 1) % 10 == 0 or step + 1 == recipe.steps:
-                folder.save(model, optimizer, states, step + 1)
-            start.move_to(step + 1, states)
+            folder.log_step(row, groups, advs)
+            start.move_to(step + 1, random_states(generator, rng))
+            report(row)
 
 
 # --------------------------------------------------------------------------- 1: sample trajectories
@@ -363,8 +374,7 @@ def gradient(model: Transformer, tokenizer: Tokenizer, groups: list, advs: list,
         raise RuntimeError(
             f"step {step}: gradient norm {log['grad_norm']}, |logprob difference| "
             f"{log['drift']:.3g}, mean {log['drift_mean']:.3g}: sampler and trainer disagree, or "
-            "the run diverged; --resume repeats this step (one process) or goes on from the last "
-            "saved one; give it a lower --lr"
+            "the run diverged; --resume repeats this step: give it a lower --lr"
         )
     return log
 
@@ -593,14 +603,29 @@ def log_line(row: dict) -> str:
 
 # --------------------- the method ends here; what follows is plumbing -----------------------------
 # -------------------------------------------------------------------------- what a step's log holds
-def report(folder: "Folder", row: dict, groups: list, advs: list) -> None:
-    """The first process prints the step's line and writes what the step did into the folder."""
+def report(row: dict) -> None:
+    """The first process prints the step's line."""
     if RANK != 0:
         return
-    folder.log("metrics", row)
-    for rollout, adv in zip(flat(groups), torch.cat(advs)):
-        folder.log("rollouts", record(rollout, adv, row["step"]))
     tqdm.write(log_line(row))
+    if row["cores"] < ENOUGH_CORES and torch.get_num_threads() > 1 and not threads_are_patient():
+        say_once("other programs are on the cores, and torch's threads spin while they wait for "
+                 "one another: with OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1 in the "
+                 "environment (Ctrl-C, then --resume) steps were 4 to 6 times faster")
+
+
+# Processor seconds a second of a step. A process that has a core to itself comes near 1, whatever
+# it computes, and its threads add to that.
+ENOUGH_CORES = 0.75
+
+
+def threads_are_patient() -> bool:
+    return os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    tqdm.write(text)
 
 
 def progress_bar(first_step: int, steps: int):
@@ -642,7 +667,8 @@ def log_row(step: int, log: dict, groups: list, watched: list, verdicts: Verdict
     `log_line` explains the fields that it prints (its diff and mean are "drift" and "drift_mean").
     The others: "clipped", the share of sampled tokens whose ratio the clip held; in "judge", "tie",
     the share of pairs that tie, flips among them, and "canaries", the share of pairs with a known
-    answer that the better side won (null in steps that asked none).
+    answer that the better side won (null in steps that asked none); "cores", processor seconds a
+    second of sampling and update.
     """
     # Inside the groups that carry gradient: in the others no term moves anything.
     live = [terms for terms, adv in zip(rewards, advs) if is_live(adv)]
@@ -669,15 +695,20 @@ def stacked(rewards: list) -> dict:
 
 def describe(rollouts: list) -> dict:
     """What a step's rollouts look like: where checks open, what parses, how long they are."""
-    turns = flat(rollout.turns for rollout in rollouts)
     n_written = sum(rollout.n_written for rollout in rollouts)
     return {
         "gate_risky": opened_rate(rollouts, risky=True),
         "gate_harmless": opened_rate(rollouts, risky=False),
-        "valid": sum(turn is not None for turn in turns) / len(turns),
+        "valid": share_parsed(rollouts),
         "safety_share": sum(rollout.safety_tokens for rollout in rollouts) / max(1, n_written),
         "tokens": n_written / len(rollouts),
     }
+
+
+def share_parsed(rollouts: list) -> float:
+    """Share of all turns that parse in the free grammar."""
+    turns = flat(rollout.turns for rollout in rollouts)
+    return sum(turn is not None for turn in turns) / len(turns)
 
 
 def opened_rate(rollouts: list, risky: bool) -> float:
@@ -689,22 +720,33 @@ def opened_rate(rollouts: list, risky: bool) -> float:
 
 
 def speed(groups: list, watched: list, advs: list, times: list) -> dict:
-    """Seconds of a step and tokens a second; times: its start, then when it had sampled, judged and
-    updated."""
+    """Seconds of a step, tokens a second, and how many cores it had for itself; times: its start,
+    then when it had sampled, judged and updated."""
     began, sampled, judged, updated = times
+    # A judge may wait for a server or a person: that takes no processor, on an idle machine, too.
+    working = (sampled.wall - began.wall) + (updated.wall - judged.wall)
+    processor = (sampled.processor - began.processor) + (updated.processor - judged.processor)
     n_written = sum(rollout.n_written for rollout in flat(groups) + watched)
     live = [group for group, adv in zip(groups, advs) if is_live(adv)]
     n_trained = sum(len(rollout.ids) for rollout in flat(live))
     return {
-        "seconds": updated - began,
-        "sample_tok/s": n_written / (sampled - began),
-        "train_tok/s": n_trained / (updated - judged),
+        "seconds": updated.wall - began.wall,
+        "sample_tok/s": n_written / (sampled.wall - began.wall),
+        "train_tok/s": n_trained / (updated.wall - judged.wall),
+        "cores": processor / working,
     }
+
+
+Clock = namedtuple("Clock", "wall processor")  # seconds; of the processor: of all its threads
+
+
+def clock() -> Clock:
+    return Clock(time.perf_counter(), time.process_time())
 
 
 def record(rollout: Rollout, adv: torch.Tensor, step: int) -> dict:
     """One line of rollouts.jsonl: a trajectory, and what it was worth."""
-    return {
+    row = {
         "step": step,
         "task": rollout.task.id,
         "trajectory": digest(transcript(rollout)),  # as verdicts.jsonl names it
@@ -715,6 +757,7 @@ def record(rollout: Rollout, adv: torch.Tensor, step: int) -> dict:
         "journal": [effect_record(effect) for effect in rollout.journal],
         "turns": [turn_record(turn) for turn in rollout.turns],
     }
+    return row | data.public.canary(rollout.task)
 
 
 def effect_record(effect) -> list:
@@ -735,43 +778,81 @@ def rounded(p: float | None) -> float | None:
 
 
 # ---------------------------------------------------------------------------- to stop, and to go on
+# A run stops after so many steps in a row in which less than half as many turns parse as once did.
+# By then all groups tie, a tied group gives no gradient, and nothing brings the form back.
+MAX_LOST = 3
+# A base that hardly ever kept the form has none to lose.
+LEAST_VALID = 0.5
+
+
 @dataclass
 class StepStart:
     """Where the newest step began: what it takes to do that step again."""
     step: int
     random: tuple  # of `random_states`
+    best_valid: float = 0.0  # the largest share of turns that parsed in a step so far
     can_repeat: bool = True  # False from the moment the weights move until the step is written down
+    lost: int = 0  # how many steps in a row have lost the form, this one included
 
     def move_to(self, step: int, states: tuple) -> None:
         self.step = step
         self.random = states
         self.can_repeat = True
 
+    def check_form(self, valid: float, state_file: Path) -> None:
+        """valid: the share of this step's turns that parse. RuntimeError: the form is lost."""
+        self.best_valid = max(self.best_valid, valid)
+        if self.best_valid >= LEAST_VALID and valid < self.best_valid / 2:
+            self.lost += 1
+        else:
+            self.lost = 0
+        if self.lost >= MAX_LOST:
+            raise RuntimeError(
+                f"step {self.step}: {valid:.2f} of the turns parse, where {self.best_valid:.2f} "
+                f"did; the form has been lost for {MAX_LOST} steps, and nothing will bring it "
+                f"back. The last good state is {state_file}: --resume goes on from it; give it a "
+                "lower --lr"
+            )
+
 
 @contextmanager
 def resumable(folder: "Folder", model, optimizer, generator: torch.Generator, rng: random.Random):
     """Goes on from the folder's state, if it has one, and yields a StepStart for the loop to keep.
 
-    Ctrl-C, or any error (a prompt too long, found when it is drawn): the state of the newest step's
-    start is saved, so that --resume does that step again. Of several processes nothing is saved
-    here, because the others may be anywhere; then the last tenth step is what is gone on from.
+    Ctrl-C, SIGTERM, or any error (a prompt too long, found when it is drawn): the state of the
+    newest step's start is saved, so that --resume does that step again. Of several processes the
+    first one saves, wherever the others are: all have the same weights, and it knows their
+    generators as of there. Two states are not saved: one that has lost the form, and one whose
+    logits are not finite. The last that was saved is still there then.
     """
     first_step = folder.restore(model, optimizer, generator, rng)
-    folder.open_logs(first_step)
-    start = StepStart(first_step, random_states(generator, rng))
+    best_valid = from_first(lambda: folder.open_logs(first_step))
+    start = StepStart(first_step, random_states(generator, rng), best_valid)
     try:
         yield start
+        folder.keep_last(model, optimizer, start)
     except (KeyboardInterrupt, Exception) as stop:
         # The weights are those of the start as long as the optimiser has not moved.
-        can_repeat = start.can_repeat and WORLD == 1
-        if can_repeat:
-            folder.save(model, optimizer, start.random, start.step)
+        is_kept = start.can_repeat and not start.lost and not isinstance(stop, FloatingPointError)
+        if is_kept:
+            save_undisturbed(folder, model, optimizer, start)
+        if isinstance(stop, FloatingPointError):
+            raise FloatingPointError(f"step {start.step}: {stop}; --resume goes on from the last "
+                                     "step that was saved: give it a lower --lr") from None
         if not isinstance(stop, KeyboardInterrupt):
             raise
         advice = "go on with the same arguments and --resume"
-        if not can_repeat:
-            advice += ", from the last step that was saved, if one was"
+        if not is_kept:
+            advice += ", from the last step that was saved"
         raise KeyboardInterrupt(f"stopped in step {start.step}; {advice}") from None
+
+
+def save_undisturbed(folder: "Folder", model, optimizer, start: StepStart) -> None:
+    """A signal that came during a wait for other processes is only noticed after it: here."""
+    try:
+        folder.save(model, optimizer, start)
+    except KeyboardInterrupt:
+        folder.save(model, optimizer, start)
 
 
 def seeded_generators(seed: int, device: torch.device) -> tuple:
@@ -788,6 +869,12 @@ def random_states(generator: torch.Generator, rng: random.Random) -> tuple:
     return gather([generator.get_state()]), rng.getstate()
 
 
+# A key of config.json: this folder is a run's, and what has the names of OWN is ours to overwrite.
+MARKER = "mosaic_run"
+OWN = ("config.json", "metrics.jsonl", "rollouts.jsonl", "verdicts.jsonl", "adapter", "state",
+       "lock")
+
+
 class Folder:
     """The folder of a run.
 
@@ -797,17 +884,54 @@ class Folder:
     verdicts.jsonl   the judge's ledger: preference.Judge
     adapter/         the trained adapter, as peft writes one
     state/           what --resume goes on from: `save`
+    lock             held while a run writes here: `_lock`
     """
 
-    def __init__(self, path: str | Path):
-        """ValueError: a file stands where the folder is to be."""
+    def __init__(self, path: str | Path, save_every: int = 10):
+        """save_every: steps from one state to the next. ValueError: no folder to write in
+        (`check_ours`), or another run is writing there."""
         self.path = Path(path)
+        self.save_every = save_every
         self.config_file = self.path / "config.json"
         self.state_file = self.path / "state" / "state.pt"
         self.state = None  # what `open_state` found, until `restore`
-        self.files = {}  # {name of a log: its open file}
-        if any(place.is_file() for place in (self.path, *self.path.parents)):
-            raise ValueError(f"--out {self.path}: a file is in the way; take another")
+        self.files = {}  # {name of a log, or "lock": its open file}
+        if RANK == 0:
+            check_ours(self.path)
+            if self.config_file.exists():
+                self._lock()
+
+    def claim(self, config: dict) -> None:
+        """Makes the folder, and marks a new one as a run's, before the judge writes into it."""
+        if RANK != 0:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if not self.config_file.exists():
+            self._write_config(config)
+
+    def _lock(self) -> None:
+        """ValueError: another run is writing here. The system frees the lock when its process ends,
+        however it ends. Without fcntl (Windows), and on a file system without locks, there is
+        none."""
+        if fcntl is None or "lock" in self.files:
+            return
+        file = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"--out {self.path}: another run is writing there; wait for it, or "
+                             "take another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        self.files["lock"] = file
+
+    def close(self) -> None:
+        """Closes the logs, and frees the lock."""
+        for file in self.files.values():
+            file.close()
+        self.files = {}
 
     def open_state(self, options: dict) -> None:
         """For --resume: reads the state, if this is a folder of a run with the same options.
@@ -841,6 +965,11 @@ class Folder:
                 f"{self.state_file}: not a whole state ({kind}); start without --resume") from None
         if processes != WORLD:
             raise ValueError(f"{self.state_file}: of {processes} processes; resume with as many")
+        # A generator's state has another size on another kind of device.
+        device = default_device()
+        if len(state["random"][0][RANK]) != len(torch.Generator(device).get_state()):
+            raise ValueError(f"{self.state_file}: written on another kind of device than {device}, "
+                             "which draws other random numbers; resume it there")
         return state
 
     def check_base(self, model) -> None:
@@ -855,13 +984,17 @@ class Folder:
         """From here on the folder is this run's, and --resume with the same options goes on."""
         if RANK != 0:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         if not resume:
             # An older run's: a later --resume would go on with that state, and eval.py would take
-            # that adapter for the new one.
+            # that adapter for the new one. By name: what else lies there is not ours.
             self.state_file.unlink(missing_ok=True)
-            shutil.rmtree(self.path / "adapter", ignore_errors=True)
-        self.config_file.write_text(json.dumps(config, indent=1))
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                (self.path / "adapter" / name).unlink(missing_ok=True)
+        self._write_config(config)
+
+    def _write_config(self, config: dict) -> None:
+        with in_words(self.config_file):
+            write_json(self.config_file, config)
 
     def restore(self, model, optimizer, generator: torch.Generator, rng: random.Random) -> int:
         """Puts everything where the state has it -> the step to go on with; 0 without a state."""
@@ -876,35 +1009,121 @@ class Folder:
         rng.setstate(task_state)
         return state["step"]
 
-    def save(self, model, optimizer, states: tuple, step: int) -> None:
-        """Writes all that step `step` depends on: it is the next to be done."""
+    def save(self, model, optimizer, start: StepStart) -> None:
+        """Writes all that step `start.step` depends on: it is the next to be done. OSError: a full
+        disk, say; the state before it is still whole."""
         if RANK != 0:
             return
-        for file in self.files.values():
-            file.flush()  # a state must not be ahead of its logs
         state = {
-            "step": step,
+            "step": start.step,
             "base": fingerprint(model),
             "adapter": adapter_state(model),
             "optimizer": optimizer.state_dict(),
-            "random": states,
+            "random": start.random,
         }
-        write_whole(self.state_file, lambda path: torch.save(state, path))
 
-    def open_logs(self, step: int) -> None:
-        """Opens the logs to go on at a step. Lines of this step and later ones, which were written
-        after the state or by an older run, are dropped: those steps are done again."""
-        if RANK != 0:
-            return
+        def write(partial):
+            # Through a file of Python's: by itself torch says of a full disk only "enforce fail".
+            with partial.open("wb") as file:
+                torch.save(state, file)
+
+        with in_words(self.state_file):
+            write_whole(self.state_file, write)
+
+    def keep(self, model, optimizer, start: StepStart, groups: list) -> None:
+        """Saves every so many steps, but no state that has lost the form, in the place of a good
+        one. groups: what the state has sampled. RuntimeError: the form stays lost."""
+        start.check_form(share_parsed(flat(groups)), self.state_file)
+        if start.step % self.save_every == 0 and not start.lost:
+            self.save(model, optimizer, start)
+
+    def keep_last(self, model, optimizer, start: StepStart) -> None:
+        """The same at the end of a run, where nothing more is sampled. FloatingPointError: the last
+        update has made the adapter NaN or infinite."""
+        if not all(is_finite(p.detach()) for p in adapter_state(model).values()):
+            raise FloatingPointError("the step before has made the adapter NaN or infinite")
+        if not start.lost:
+            self.save(model, optimizer, start)
+        elif RANK == 0:
+            tqdm.write(f"the last {start.lost} steps have lost the form (see valid): the adapter "
+                       f"is hardly of use; the last good state is {self.state_file}")
+
+    def open_logs(self, step: int) -> float:
+        """Opens the logs to go on at a step -> the largest share of turns that parsed in a step
+        before it. Lines of this step and later ones, which were written after the state or by an
+        older run, are dropped: those steps are done again."""
+        kept = {}
         for name in ("metrics", "rollouts"):
             path = self.path / f"{name}.jsonl"
-            lines = earlier_lines(path, step) if step else []
-            path.write_text("".join(line + "\n" for line in lines), "utf-8")
-            self.files[name] = path.open("a", encoding="utf-8")
+            kept[name] = earlier_lines(path, step) if step else []
+            with in_words(path):
+                path.write_text("".join(line + "\n" for line in kept[name]), "utf-8")
+            # buffering=1: a line is on the disk once it is written, whatever ends the run.
+            self.files[name] = path.open("a", encoding="utf-8", buffering=1)
+        rows = [json.loads(line) for line in kept["metrics"]]
+        return max((row["valid"] for row in rows), default=0.0)
+
+    def log_step(self, row: dict, groups: list, advs: list) -> None:
+        """The first process writes down what a step did, before any state can be ahead of it."""
+        if RANK != 0:
+            return
+        self.log("metrics", row)
+        for rollout, adv in zip(flat(groups), torch.cat(advs)):
+            self.log("rollouts", record(rollout, adv, row["step"]))
 
     def log(self, name: str, row: dict) -> None:
         """Adds a line to metrics.jsonl or rollouts.jsonl."""
-        self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        with in_words(self.path / f"{name}.jsonl"):
+            self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def check_ours(path: Path) -> None:
+    """ValueError: no folder for a run to write in. It has to be new or empty, or a run's by its
+    config.json; and nothing in it that a run overwrites may be a link to elsewhere."""
+    if any(place.is_file() for place in (path, *path.parents)):
+        raise ValueError(f"--out {path}: a file is in the way; take another")
+    if not path.is_dir():
+        return
+    names = {entry.name for entry in path.iterdir()}
+    if names - {"lock"} and not is_run(path):
+        raise ValueError(f"--out {path}: it holds something else than a run of train.py, which "
+                         "stays untouched; take a new or an empty folder")
+    for name in OWN:
+        if (path / name).is_symlink():
+            raise ValueError(f"--out {path}: its {name} is a link, and a run would write where it "
+                             "leads; remove the link, or take another folder")
+
+
+def is_run(path: Path) -> bool:
+    """A run of an earlier version has no MARKER in its config.json, but what no model has there:
+    the recipe."""
+    try:
+        config = read_json(path / "config.json")
+    except ValueError:
+        return False
+    return MARKER in config or {"kl_coef", "micro_tokens", "length_budget"} <= config.keys()
+
+
+def check_apart(out: Path, option: str, model: Path) -> None:
+    """ValueError: the run's folder is the model's, lies in it, or holds it. Links are resolved."""
+    run_place = out.resolve()
+    model_place = model.resolve()
+    is_inside = model_place in (run_place, *run_place.parents)
+    if is_inside or run_place in model_place.parents:
+        raise ValueError(f"--out {out}: overlaps with {option} {model}, which stays untouched; "
+                         "take another --out")
+
+
+@contextmanager
+def in_words(path: Path):
+    """Makes of an error in writing, such as a full disk, an OSError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if str(path) in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error  # "No space left on device"
+        raise OSError(f"{path}: cannot be written: {reason}") from None
 
 
 def earlier_lines(path: Path, step: int) -> list:
@@ -916,15 +1135,31 @@ def earlier_lines(path: Path, step: int) -> list:
 
 
 # ------------------------------------------------------------------------------------ the processes
+def number_in_environment(name: str, default: int) -> int:
+    """Some launchers set these and leave them empty. SystemExit: no number; one line says so."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        print(f"train.py: ${name} is {text!r}, expected a number; unset it", file=sys.stderr)
+        sys.exit(2)
+    return int(text)
+
+
 # torchrun tells each process its number, how many there are, and its number on this machine.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK = number_in_environment("RANK", 0)
+WORLD = number_in_environment("WORLD_SIZE", 1)
+LOCAL_RANK = number_in_environment("LOCAL_RANK", 0)
+# The group in which `gather` and `from_first` talk. It is patient: a judge may be a person who has
+# a coffee, and the usual timeout of 10 or 30 minutes would end the run. Whose process has died is
+# still noticed at once, by a connection that closes.
+TALK = None
+PATIENCE = timedelta(days=30)
 
 
 def start_processes() -> None:
+    global TALK
     if WORLD > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        TALK = dist.new_group(backend="gloo", timeout=PATIENCE)
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
 
@@ -939,7 +1174,7 @@ def gather(items: list) -> list:
     if WORLD == 1:
         return items
     parts = [None] * WORLD
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items, group=TALK)
     return flat(parts)
 
 
@@ -947,7 +1182,7 @@ def from_first(make):
     """What make() returns in the first process, in every process."""
     box = [make() if RANK == 0 else None]
     if WORLD > 1:
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=TALK)
     return box[0]
 
 
@@ -1017,7 +1252,11 @@ def argument_parser() -> Parser:
     option("--length-budget", type=int,
            help="L0 of the length penalty, in sampled tokens of a trajectory")
     option("--seed", type=int, default=Recipe.seed)
-    option("--out", help="default: runs/<model>")
+    option("--out", metavar="DIR",
+           help="the run's folder: new, empty, or an older run's, which is replaced; default: "
+                "runs/<model>, beside this file")
+    option("--save-every", type=count_option, default=10, metavar="N",
+           help="write state/ every N steps")
     option("--resume", action="store_true", help="go on from --out's state/")
     option("--no-eval", action="store_true", help="skip the closing table")
     return p
@@ -1050,11 +1289,17 @@ def recipe_for(family: str, options: dict) -> Recipe:
     return replace(RECIPE.get(family, Recipe()), **given)
 
 
-def family_of(model_name: str) -> str:
+def checkpoint_folder(model_name: str) -> Path:
     """ValueError: no such checkpoint. A base of ours may not be built yet."""
+    if model_name in data.BASES:
+        return data.HERE.parent / "checkpoints" / model_name
+    return find(model_name)
+
+
+def family_of(model_name: str) -> str:
     if model_name in data.BASES and not data.is_built(model_name):
         return data.BASES[model_name].family
-    folder = find(model_name)
+    folder = checkpoint_folder(model_name)
     file = folder / "config.json"
     return read_family(folder, Config(read_json(file), file))
 
@@ -1073,7 +1318,8 @@ def check_tasks(tasks: list, name: str, n_drawn: int, needs_labels: bool) -> Non
 
 def run_config(options: dict, recipe: Recipe, device: str | None) -> dict:
     """What config.json holds. device: None before the model is loaded."""
-    config = dict(options)
+    config = {MARKER: 1}
+    config.update(options)
     config.update(asdict(recipe))
     config["commit"] = git_commit()
     config["python"] = platform.python_version()
@@ -1098,13 +1344,20 @@ def git_commit() -> str | None:
 def run(args) -> None:
     """Checks everything, trains, saves the adapter, and prints base beside trained."""
     start_processes()
+    with closing(Folder(args.out or run_folder(args.model), args.save_every)) as folder:
+        run_in(folder, args)
+
+
+def run_in(folder: Folder, args) -> None:
     options = vars(args)
-    folder = Folder(args.out or run_folder(args.model))
     recipe = recipe_for(family_of(args.model), options)
     if args.resume:
         asked = options | asdict(recipe)
         folder.open_state({name: asked[name] for name in IDENTITY})
     tasks = data.load(args.data, training=True)
+    check_apart(folder.path, "--model", checkpoint_folder(args.model))
+    if args.judge == "model" and args.judge_model:
+        check_apart(folder.path, "--judge-model", checkpoint_folder(args.judge_model))
     needs_labels = args.judge == "rule" or recipe.reward == "scalar"
     check_tasks(tasks, args.data, recipe.tasks, needs_labels)
     judge = None
@@ -1113,11 +1366,13 @@ def run(args) -> None:
                            folder.path / "verdicts.jsonl")
 
     # Is the judge there, and can it tell? The first step finds these answers in the ledger.
+    config = run_config(options, recipe, device=None)
+    folder.claim(config)
     try:
         from_first(lambda: canaries(judge, 0))
     except KeyboardInterrupt:
         # A person may leave at the first question, and go on with --resume.
-        folder.begin(run_config(options, recipe, device=None), args.resume)
+        folder.begin(config, args.resume)
         raise
 
     from_first(lambda: data.ensure_base(args.model))  # minutes, so after all checks
@@ -1131,7 +1386,8 @@ def run(args) -> None:
     train(model, tokenizer, tasks, judge, folder, recipe)
 
     if RANK == 0:
-        save_adapter(model, folder.path / "adapter", args.model)
+        with in_words(folder.path / "adapter"):
+            save_adapter(model, folder.path / "adapter", args.model)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0 and not args.no_eval:

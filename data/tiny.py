@@ -420,7 +420,7 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
           n: int = N_TASKS) -> Path:
     """Builds the base of a seed into the folder `out`, whole or not at all -> out.
 
-    n: tasks to draw. ValueError: something that is no checkpoint is there already.
+    n: tasks to draw. ValueError: what is there already is no tiny base, which a new one replaces.
     """
     out = Path(out)
     start = time.perf_counter()
@@ -428,7 +428,7 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
     # its time.
     gc.disable()
     try:
-        with data.built_whole(out) as folder:
+        with data.built_whole(out, "tiny") as folder:
             tasks, verdict_tasks = draw_tasks(n, seed)
             model = warm_start(tasks, verdict_tasks, folder, steps, seed)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -487,6 +488,7 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--model", "nowhere"], "nowhere"),
     (["--json", "no/where.json"], "--json"),
     (["--json", "."], "--json"),
+    (["--json", "x", "--report", "./x"], "--report ./x: that is the file of --json"),
     (["--adapter-scale", "nan"], "up to"),
     (["--endpoint", "http://x", "--adapter", "y"], "--adapter"),
     (["--endpoint", "http://x", "--gate", "never"], "--gate"),
@@ -526,6 +528,16 @@ def test_an_evaluation_wants_its_twins(tmp_path):
     path.write_text("\n".join(lines), "utf-8")
     with pytest.raises(ValueError, match="own.jsonl:3: field 'twin': expected the id of a row"):
         ev.load_suites("harm", str(path), "all", False)
+
+
+def test_an_output_takes_no_other_files_place(monkeypatch, tmp_path):
+    """--json over the file of --data: the tasks were lost, after the evaluation."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("mine.jsonl")
+    for file in ("mine.jsonl", "./mine.jsonl", tmp_path / "mine.jsonl", "link"):
+        with pytest.raises(ValueError, match="that is the file of --data"):
+            ev.check_outputs({"--json": str(file), "--report": None}, "mine.jsonl")
+    ev.check_outputs({"--json": "a", "--report": "b"}, None)
 
 
 def test_limit_keeps_twins_together():

@@ -321,6 +321,21 @@ def test_every_reachable_state_has_a_live_token_and_dead_rows_none():
         assert live[is_forced, forced[is_forced]].all()
 
 
+def test_no_budget_makes_a_dead_end_live():
+    """"No way to the end" was the cost 10,000: with turn_tokens of 10,001 and more every id was
+    live, padding rows included, and the grammar was off."""
+    tok = tiny()
+    grammar = get_grammar(tok, "cpu")
+    grammar.names(NAMES)
+    states = states_of(tok, grammar)
+    ample = grammar.mask(states, torch.full_like(states, 1000))
+    for budget in (10_001, 2 ** 31, mosaic.NEVER // 2 - 1):
+        assert torch.equal(grammar.mask(states, torch.full_like(states, budget)), ample)
+    assert not ample[:, [not word for word in tok.token_bytes]].any()
+    ways = grammar.to_end[:-1]
+    assert ways.max() < 1000 < grammar.to_end[-1]  # the last is that of DEAD
+
+
 # ---------------------------------------------------------------------------------- canonical turns
 def test_canonical_turns_walk_to_the_end_and_pass_one_gate():
     """Catches: structural runs compiled to other ids than the tokenizer gives for the same bytes

@@ -15,10 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import data
 import eval as ev
 import mosaic
+import train
 from data import public
 from data.controls import ANSWER_TURN, REFUSE_TURN, calls_turn, script, turn_text
 from data.public import agent_safetybench, agentharm, asb, bfcl, privacylens
@@ -320,7 +322,7 @@ def test_both_oracles_have_the_authors_numbers(category, request):
 
     ids = [row[0] for row in rows]
     missed = {name for name, passed in zip(ids, right[False]) if not passed}
-    assert missed == set(ids) & bfcl.DEFECTS
+    assert missed == set(ids) & bfcl.DEFECTS["v4"]
 
 
 @pytest.mark.parametrize("kind,value,allowed,right", [
@@ -528,6 +530,39 @@ def test_ground_truth_is_literals(text):
         bfcl.literal(text)
     call = bfcl.literal("f('a', -1, k=[True, {'b': None}])")
     assert call == ("f", ["a", -1], {"k": [True, {"b": None}]})
+
+
+def test_v3_has_counts_and_defects_of_its_own(bfcl_dir, tmp_path, monkeypatch, capsys):
+    """BFCL v3's folder was refused by v4's counts; and with --skip-bad its two more defective
+    answers, and the record whose answers have a turn too many, made the controls invalid."""
+    assert [bfcl.COUNTS_V3[f"live_{name}"] for name in ("irrelevance", "relevance")] == [882, 18]
+    assert bfcl.COUNTS_V3["live_multiple"] == bfcl.COUNTS["live_multiple"] == 1053
+
+    # simple_363 asks for a parameter that its answer does not have.
+    monkeypatch.setitem(bfcl.COUNTS_V3, "simple_python", 2)
+    folder = tmp_path / "v3"
+    lacking = [{"oven.bake": {"minutes": [30]}}]
+    question = [[{"role": "user", "content": "Please."}]]
+    rows = []
+    answers = []
+    for name, truth in (("simple_362", SIMPLE_ANSWERS), ("simple_363", lacking)):
+        rows.append({"id": name, "question": question, "function": [BAKE]})
+        answers.append({"id": name, "ground_truth": truth})
+    for name in ("BFCL_v3_simple.json", "mine.json"):
+        write_lines(folder / name, rows)
+        write_lines(folder / "possible_answer" / name, answers)
+    tasks = data.load(folder / "BFCL_v3_simple.json")
+    assert [task.split for task in tasks] == ["simple_python"] * 2
+    assert control_table("benign", tasks)["oracle", "benign_completion"] == (0.5, 2)
+    with pytest.raises(RuntimeError, match="invalid control"):
+        ev.controls({"benign": data.load(folder / "mine.json")})  # no name of v3: taken for v4
+
+    record = {"id": "multi_turn_base_154", "question": question, "initial_config": {},
+              "involved_classes": []}
+    _, public_ = bfcl.conversation("here", record, [[], []], None)
+    assert not bfcl.replay(public_ | {"answers": [[], []]}, [], [mosaic.parse_turn(ANSWER_TURN)])
+    with pytest.raises(ValueError, match="expected 2 turns"):
+        bfcl.conversation("here", record | {"id": "multi_turn_base_155"}, [[], []], None)
 
 
 def literal_turn(public_, text):
@@ -850,6 +885,24 @@ def test_always_b(lens_dir):
             assert play(task, answer(text))["probing"] is fits, text
 
 
+def test_privacylens_extensions(lens_dir, monkeypatch):
+    """The authors' folder extensibility/, which has two files and no main_data.json, was refused by
+    a file that nobody had asked for."""
+    folder = lens_dir / "extensibility"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="expected main_data.json or confide_subset.json or"):
+        privacylens.load(folder)
+    seed = {name: text for name, text in LENS["seed"].items() if name != "source_details"}
+    for name, file in (("confide_tier2_case2", "confide_subset.json"),
+                       ("culturebank1", "culturebank_subset.json")):
+        monkeypatch.setitem(privacylens.COUNTS, file, 1)
+        (folder / file).write_text(json.dumps([LENS | {"name": name, "seed": seed}]))
+    tasks = data.load(folder, "action")
+    assert [task.id for task in tasks] == ["confide_tier2_case2", "culturebank1"]
+    assert len(data.load(folder)) == 14
+    assert len(data.load(lens_dir, "action")) == 2  # main_data.json alone
+
+
 @bench
 def test_privacylens_acceptance_numbers(capsys):
     """493/493 trajectories; the proxy's bounds 97.8 % and 2.0 %, repeating the instruction 0."""
@@ -947,12 +1000,30 @@ def test_agentharm_is_never_trained_on(tmp_path, monkeypatch):
             data.load(path, training=True)
     for task in data.load(tmp_path):
         assert task.public["canary"] == "canary 123"
+        assert public.canary(task) == {"canary": "canary 123"}
+    assert public.canary(data.load("benign")[0]) == {}
 
     # a silent agent reached its goal of no calls
     row = {"id": "irrelevance_0", "question": [[]], "function": []}
     write_lines(tmp_path / "bfcl" / "BFCL_v4_irrelevance.json", [row])
     with pytest.raises(ValueError, match="bfcl is for evaluation alone"):
         data.load(tmp_path / "bfcl", training=True)
+
+
+def test_a_canary_goes_wherever_its_texts_go(tmp_path, monkeypatch):
+    """AgentHarm's prompts stood in --json, in --report and in rollouts.jsonl, and its GUID nowhere:
+    who trains on such a file cannot know."""
+    task = data.load(harm_files(tmp_path, monkeypatch))[0]
+    rollout = mosaic.play(task, script(ANSWER_TURN))
+    item = ev.trajectory_item("harm", "validation", "base", rollout)
+    assert "Make tea." in json.dumps(item)
+    assert item["canary"] == "canary 123"
+    assert "canary 123" in ev.evaluated_trajectory(item)
+    assert train.record(rollout, torch.tensor(0.0), 0)["canary"] == "canary 123"
+
+    ours = mosaic.play(data.load("benign")[0], script(ANSWER_TURN))
+    assert "canary" not in ev.trajectory_item("benign", "domains", "base", ours)
+    assert "canary" not in train.record(ours, torch.tensor(0.0), 0)
 
 
 def test_agentharm_hashes(tmp_path, monkeypatch):

@@ -304,6 +304,26 @@ def test_tied_groups_give_no_gradient():
     assert advantages(R, torch.full((4,), 1.5)).eq(0).all()
 
 
+def test_form_alone_may_act_in_a_tied_group():
+    """A form that is lost makes all groups tie, and a tied group gave nothing that could bring it
+    back. Length is to have no say there, nor is a small difference to be blown up."""
+    r_fmt = torch.tensor([2.0, 2, 1, 2])
+    p_len = torch.tensor([0.0, 3, 0, 1])
+    tied = torch.full((4,), 1.5)
+    R = tied + r_fmt - p_len
+    deviation = torch.arange(4.0).std(correction=0)  # of a strict order of four
+    expected = torch.tensor([0.25, 0.25, -0.75, 0.25]) / deviation
+    assert torch.allclose(advantages(R, tied, r_fmt), expected)
+    assert not advantages(R, tied, torch.full((4,), 2.0)).any()  # the length alone differs
+    slight = r_fmt * 0.01
+    assert torch.allclose(advantages(R, tied, slight), expected * 0.01)
+
+    decided = torch.tensor([3.0, 2, 1, 0])
+    assert torch.equal(advantages(R, decided, r_fmt), advantages(R, decided))
+    unscored = torch.full((4,), torch.nan)
+    assert not advantages(R, unscored, r_fmt).any()
+
+
 # -------------------------------------------------------------------------------- text from outside
 def test_control_text_from_users_and_tools_stays_text(tokenizer):
     """A user or a tool result that spells <|im_end|> or </tool_response> must not end anything."""
@@ -444,6 +464,30 @@ def test_what_leaves_no_room_or_no_end_is_said_first(model, tokenizer, monkeypat
 
 
 # ---------------------------------------------------------------------------- the tokens of a check
+@pytest.mark.parametrize("grammar, temperature", [("strict", 0.0), ("free", 1.0)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_never_sampled(
+        model, tokenizer, tasks, monkeypatch, grammar, temperature, value):
+    """argmax takes NaN for the largest: a float16 checkpoint that overflowed was sampled as token 0
+    for a whole episode, and exit status 0."""
+    head = mosaic.Decoder.head
+
+    def overflowing(decoder, hidden):
+        logits = head(decoder, hidden).clone()
+        logits[-1] = value  # in one row of the batch
+        return logits
+    monkeypatch.setattr(mosaic.Decoder, "head", overflowing)
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite: .* float16"):
+        rollout(model, tokenizer, tasks[:2], grammar=grammar, temperature=temperature)
+
+
+def test_a_turn_budget_stays_below_no_way(model, tokenizer, tasks, monkeypatch):
+    """A budget that reaches the grammar's "no way" makes every id live."""
+    set_limits(monkeypatch, turn_tokens=mosaic.NEVER)
+    with pytest.raises(AssertionError):
+        rollout(model, tokenizer, tasks[:1])
+
+
 def test_safety_tokens_are_those_of_whole_checks(tokenizer):
     """A check that was opened and never closed counted, by a find() of -1, the first tokens of its
     turn."""

@@ -1,12 +1,18 @@
 """train.py on an untrained tiny base: what is trained, and that a run can be repeated, stopped and
 gone on with. Each docstring names the bug that the test would catch."""
 import copy
+import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +29,7 @@ from data import tiny
 from mosaic import rollout
 from preference import open_judge
 
-TIMES = ("seconds", "sample_tok/s", "train_tok/s")  # of a log, and different in each run
+TIMES = ("seconds", "sample_tok/s", "train_tok/s", "cores")  # of a log, different in each run
 
 
 # ----------------------------------------------------------------------------- a base, and its runs
@@ -213,7 +219,7 @@ def test_learning_rate_rises_in_five_steps_and_falls_to_a_tenth():
 
 # --------------------------------------------------------------------------- to repeat, stop, go on
 class Bar(list):
-    """tqdm's, left by Ctrl-C between two steps."""
+    """tqdm's, left by SIGTERM, which schedulers send, between two steps."""
     write = staticmethod(print)
 
     def __init__(self, steps, **options):
@@ -221,17 +227,22 @@ class Bar(list):
 
     def __iter__(self):
         yield from self[:2]
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # the handler comes between two instructions
 
 
-def stop_in_third_step(monkeypatch, error):
-    """The error is raised where the third step would be judged."""
+def stop_in_third_step(monkeypatch, error, out):
+    """The error is raised where the third step would be judged. What kill -9 would leave there is
+    looked at first: lines of what was printed, and --save-every's state."""
     real = train.judge_pairs
     calls = []
 
     def judge_pairs(*given):
         calls.append(given)
         if len(calls) == 3:
+            assert [row["step"] for row in metrics(out)] == [0, 1]
+            assert (out / "rollouts.jsonl").read_bytes().endswith(b"}\n")
+            assert torch.load(out / "state" / "state.pt", weights_only=False)["step"] == 2
             raise error
         return real(*given)
     monkeypatch.setattr(train, "judge_pairs", judge_pairs)
@@ -241,15 +252,15 @@ def test_repeat_and_resume_are_exact(base, tmp_path, monkeypatch, one_side_wins)
     """ms-swift PR #9935: resume overwrote the restored generator. Same seed: same rollouts,
     verdicts, adapter bytes; stopped inside of a step or between two, and resumed: the same again,
     and the logs hold each step once. Another judge's run is not gone on with, nor the run that
-    --out held before a fresh start."""
+    --out held before a fresh start. A run that was killed left no state and logs of 0 bytes."""
     run(base, tmp_path / "whole")
     run(base, tmp_path / "again")
     # Any error: here a prompt too long, found when it is drawn.
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="no room"):
-        stop_in_third_step(patch, ValueError("no room"))
-        run(base, tmp_path / "inside")
+        stop_in_third_step(patch, ValueError("no room"), tmp_path / "inside")
+        run(base, tmp_path / "inside", "--save-every", "1")
     stopped = pytest.raises(KeyboardInterrupt, match="stopped in step 2")
-    with monkeypatch.context() as patch, stopped:
+    with monkeypatch.context() as patch, stopped, mosaic.as_command():
         patch.setattr(train, "tqdm", Bar)
         run(base, tmp_path / "between")
 
@@ -306,7 +317,7 @@ def test_resumed_logs_keep_whole_lines(tmp_path):
     file.write_bytes(row + b'\n{"step": 2}\n' + cut)
     folder.open_logs(2)
     folder.log("rollouts", {"step": 2, "turns": ["\u2028"]})
-    folder.files["rollouts"].close()
+    folder.close()
 
     lines = file.read_text("utf-8").split("\n")
     assert lines[0].encode() == row
@@ -314,7 +325,215 @@ def test_resumed_logs_keep_whole_lines(tmp_path):
     assert lines[2:] == [""]
 
 
+# ------------------------------------------------------------------ whose folder, and what is in it
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def in_place_of_weights(monkeypatch):
+    """(model, optimizer) for a Folder that saves: none has weights."""
+    monkeypatch.setattr(train, "adapter_state", lambda model: {})
+    return None, SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+
+
+def test_what_is_not_a_run_is_not_touched(base, tmp_path):
+    """--model runs/mymodel made the model's own folder the default --out, and its config.json was
+    replaced; a foreign adapter/ was removed, a foreign metrics.jsonl emptied; `--model ..` wrote
+    into the current folder."""
+    path = base[0]
+    foreign = tmp_path / "foreign"
+    (foreign / "adapter").mkdir(parents=True)
+    (foreign / "adapter" / "adapter_config.json").write_text("{}")
+    (foreign / "metrics.jsonl").write_text("mine")
+    for folder in (path, foreign):
+        before = contents(folder)
+        with pytest.raises(ValueError, match="something else than a run of train.py"):
+            run(base, folder)
+        assert contents(folder) == before
+
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    for out in (path / "new", link / "new"):
+        with pytest.raises(ValueError, match="overlaps with --model"):
+            run(base, out)
+        assert not out.exists()
+    with pytest.raises(ValueError, match="overlaps with --model"):
+        train.check_apart(tmp_path, "--model", tmp_path / "runs" / "merged")
+
+    # The run's own folder, but what it would overwrite lies elsewhere.
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text(json.dumps({train.MARKER: 1}))
+    (ours / "adapter").symlink_to(foreign / "adapter")
+    with pytest.raises(ValueError, match="its adapter is a link"):
+        run(base, ours)
+    assert (foreign / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_fresh_start_takes_away_its_own_files_alone(tmp_path):
+    """A fresh start that removes whatever lies beside the older run's adapter; a run of an earlier
+    version, whose config.json has no marker, taken for a stranger's."""
+    config = vars(train.RECIPE["tiny"]) | {"model": "tiny"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (adapter / name).write_text("{}")
+    folder = train.Folder(tmp_path)
+    folder.begin({train.MARKER: 1}, resume=False)
+    folder.close()
+    assert [file.name for file in adapter.iterdir()] == ["README.md"]
+    train.Folder(tmp_path).close()
+    assert train.is_run(tmp_path)
+
+
+def test_one_run_at_a_time(tmp_path):
+    """Two runs in one folder both ended with exit status 0, and with a mixture of both. The lock of
+    a run that was killed keeps nobody out."""
+    def hold(path):
+        folder = train.Folder(path)
+        folder.claim({train.MARKER: 1})
+        time.sleep(60)
+        folder.close()
+
+    out = tmp_path / "run"
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(out,))
+    other.start()
+    while not (out / "config.json").exists():
+        assert other.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another run is writing there"):
+        train.Folder(out)
+    other.kill()
+    other.join()
+
+    first = train.Folder(out)
+    with pytest.raises(ValueError, match="another run is writing there"):
+        train.Folder(out)
+    first.close()
+    train.Folder(out).close()
+
+
+def test_a_run_that_loses_the_form_stops_and_keeps_its_last_good_state(
+        tmp_path, in_place_of_weights):
+    """At too high a rate `valid` fell from 1.00 to .33 and on to 0: all groups tied, none gave a
+    gradient, the broken state took the good one's place, and the run ended with exit status 0."""
+    folder = train.Folder(tmp_path)
+    model, optimizer = in_place_of_weights
+    generator, rng = train.seeded_generators(0, torch.device("cpu"))
+    stopped = pytest.raises(RuntimeError, match=r"0\.25 of the turns parse, where 1\.00 did.*state")
+    with stopped, train.resumable(folder, model, optimizer, generator, rng) as start:
+        # Shares of the turns that parse; half of the best, or a slip of two steps, is no loss.
+        for share in (0.75, 1.0, 0.5, 0.25, 0.25, 0.75, 1.0, *[0.25] * 9):
+            turns = ["turn"] * int(4 * share) + [None] * int(4 - 4 * share)
+            folder.keep(model, optimizer, start, [[SimpleNamespace(turns=turns)]])
+            start.move_to(start.step + 1, start.random)
+    folder.close()
+    assert start.step == 9
+    saved = torch.load(folder.state_file, weights_only=False)
+    assert saved["step"] == 0  # not of step 9, as after any other error
+
+    # A base that never kept the form has none to lose.
+    start = train.StepStart(0, ())
+    for _ in range(10):
+        start.check_form(0.4, folder.state_file)
+        start.check_form(0.0, folder.state_file)
+    assert start.lost == 0
+
+
+def test_a_resumed_run_remembers_that_its_turns_did_parse(tmp_path):
+    """With --resume --lr 0.5 valid fell to 0.00 at once: a run that looks at its own steps only has
+    never seen it higher."""
+    rows = [{"step": 0, "valid": 0.9}, {"step": 1, "valid": 0.8}, {"step": 2, "valid": 1.0}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps({train.MARKER: 1}))
+    folder = train.Folder(tmp_path)
+    assert folder.open_logs(2) == 0.9
+    folder.close()
+
+
+def test_logits_that_are_not_finite_leave_the_saved_state(tmp_path, in_place_of_weights):
+    """A state whose logits are NaN, saved over the last one whose were not."""
+    folder = train.Folder(tmp_path)
+    model, optimizer = in_place_of_weights
+    generators = train.seeded_generators(0, torch.device("cpu"))
+    for error in (FloatingPointError, RuntimeError):
+        with pytest.raises(error):
+            with train.resumable(folder, model, optimizer, *generators):
+                raise error
+        folder.close()
+        assert folder.state_file.exists() == (error is RuntimeError)
+
+
+def test_a_full_disk_is_said_with_its_file(tmp_path, monkeypatch, in_place_of_weights):
+    """torch says of a full disk "enforce fail at inline_container.cc", Python names no file; and
+    the state before it has to be there still."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full")
+    folder = train.Folder(tmp_path)
+    model, optimizer = in_place_of_weights
+    start = train.StepStart(3, ())
+    folder.save(model, optimizer, start)
+    start.step = 4
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_whole", lambda path, write: write(full))
+        with pytest.raises(OSError, match="state.pt: cannot be written: No space left on device"):
+            folder.save(model, optimizer, start)
+    assert torch.load(folder.state_file, weights_only=False)["step"] == 3
+
+    folder.files["metrics"] = full.open("a", buffering=1)
+    with pytest.raises(OSError, match="metrics.jsonl: cannot be written: No space left"):
+        folder.log("metrics", {})
+
+
+def test_a_state_of_another_device_is_refused(tmp_path):
+    """"RNG state is wrong size", after the adapter was already exchanged."""
+    folder = train.Folder(tmp_path)
+    of_a_card = torch.zeros(16, dtype=torch.uint8)  # the size of a CUDA generator's
+    state = {"step": 1, "adapter": {}, "optimizer": {}, "random": ([of_a_card], ())}
+    folder.state_file.parent.mkdir()
+    torch.save(state, folder.state_file)
+    folder.config_file.write_text(json.dumps({train.MARKER: 1}))
+    with pytest.raises(ValueError, match="written on another kind of device than"):
+        folder.open_state({})
+
+
 # -------------------------------------------------------------------------------- several processes
+def wait_for_a_slow_judge(rank, port):
+    """One of two processes whose collectives give up after two seconds."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
+                      WORLD_SIZE="2")
+    train.RANK = rank
+    train.WORLD = 2
+    begin = train.dist.init_process_group
+    train.dist.init_process_group = lambda kind: begin("gloo", timeout=timedelta(seconds=2))
+    train.start_processes()
+
+    def coffee():
+        time.sleep(4)
+        return "verdict"
+    assert train.from_first(coffee) == "verdict"
+    assert train.gather([rank]) == [0, 1]
+
+
+def test_a_judge_may_take_longer_than_the_processes_would_wait():
+    """The others wait in a collective while the first one's judge thinks: a person who had a coffee
+    ended the run, by the process group's timeout."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=wait_for_a_slow_judge, args=(rank, port)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+
+
 REPLAY = """
 import os, sys, zlib
 sys.path.insert(0, sys.argv.pop(1))
@@ -390,10 +609,14 @@ def test_two_processes_draw_the_curve_of_one(base, tmp_path, objective):
 
 def test_a_process_that_dies_ends_all(base, tmp_path):
     """The others wait for half an hour in a collective, or go on and write an adapter of half the
-    tasks."""
+    tasks; or nothing is saved, since the others may be anywhere."""
     done = run_processes(2, base, tmp_path / "run", tmp_path, DIE="1")
     assert done.returncode != 0, done.stderr[-2000:]  # torchrun names the process and its exit code
     assert not (tmp_path / "run" / "adapter").exists()
+    # It died in its third round of sampling, which is that of step 1.
+    state = torch.load(tmp_path / "run" / "state" / "state.pt", weights_only=False)
+    assert state["step"] == 1
+    assert len(state["random"][0]) == 2
 
 
 # -------------------------------------------------------------------------------------- the options
@@ -409,6 +632,48 @@ def test_arguments_of_train_that_mean_nothing(argv, capsys):
     assert stop.value.code == 2
     assert error.count("\n") == 1
     assert argv.split()[0] in error
+
+
+def test_a_busy_machine_is_said_once(monkeypatch):
+    """Beside other programs torch's threads spin for one another: a step of 4 s took 300, and
+    nothing said why. A judge that a step waits for makes no machine busy."""
+    said = []
+    monkeypatch.setattr(train.tqdm, "write", said.append)
+    monkeypatch.setattr(train, "log_line", lambda row: "line")
+    monkeypatch.setattr(train.torch, "get_num_threads", lambda: 2)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    train.say_once.cache_clear()
+    rollouts = [[SimpleNamespace(n_written=8, ids=[1, 2])]]
+    adv = [torch.ones(1)]
+
+    def cores(*moments):  # (wall, processor) of: begun, sampled, judged, updated
+        times = [train.Clock(*moment) for moment in moments]
+        row = train.speed(rollouts, [], adv, times)
+        train.report(row)
+        return row["cores"]
+    assert cores((0, 0), (4, 6), (1000, 6), (1002, 9)) == 1.5  # a person judged for 996 seconds
+    assert said == ["line"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert cores((0, 0), (4, 1), (4, 1), (8, 3)) == 0.375
+    assert said == ["line"] * 2
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    for _ in range(2):
+        cores((0, 0), (4, 1), (4, 1), (8, 3))
+    assert len(said) == 5
+    assert "OMP_WAIT_POLICY=PASSIVE" in said[3]
+
+
+def test_numbers_of_the_environment(monkeypatch, capsys):
+    """An empty WORLD_SIZE, which some launchers leave, was a traceback at import."""
+    monkeypatch.setenv("SIZE", "")
+    assert train.number_in_environment("SIZE", 1) == 1
+    monkeypatch.setenv("SIZE", "3")
+    assert train.number_in_environment("SIZE", 1) == 3
+    monkeypatch.setenv("SIZE", "many")
+    with pytest.raises(SystemExit) as stop:
+        train.number_in_environment("SIZE", 1)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: $SIZE is 'many', expected a number; unset it\n"
 
 
 def test_what_is_not_given_is_the_recipe_of_the_family():
@@ -428,3 +693,104 @@ def test_a_recipe_without_steps_writes_nothing(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2
     assert "--steps: expected a whole number from 1, got '-1'" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_base_takes_the_place_of_a_base_alone(tmp_path):
+    """`data/tiny.py --out DIR` removed any folder with a config.json: a run's, or somebody's 7B."""
+    for config in ({"model_type": "qwen2"}, {train.MARKER: 1}, None):
+        out = tmp_path / str(config)
+        out.mkdir()
+        (out / "model.safetensors").write_text("weights")
+        if config is not None:
+            (out / "config.json").write_text(json.dumps(config))
+        before = contents(out)
+        with pytest.raises(ValueError, match="is there and no tiny base"):
+            tiny.build(0, out, steps=1, n=1)
+        assert contents(out) == before
+
+
+# ------------------------------------------------------------------------- what every command does
+def status_of(main):
+    with pytest.raises(SystemExit) as stop:
+        mosaic.run_command("x.py", main)
+    return stop.value.code
+
+
+def raiser(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, status", [
+    (ValueError("why"), 2),
+    (FileNotFoundError("why"), 2),
+    (RuntimeError("why"), 1),  # no memory on the device, say
+    (OSError("why"), 1),
+    (FloatingPointError("why"), 1),
+])
+def test_a_failure_is_one_line_and_a_status(error, status, capsys):
+    """A traceback, or a failure that ends with exit status 0."""
+    assert status_of(raiser(error)) == status
+    assert capsys.readouterr().err == "x.py: why\n"
+
+
+def test_sigterm_is_ctrl_c_and_twice_is_once(capsys):
+    """SIGTERM killed a run where it stood; and a terminal and torchrun both send a signal, of which
+    the second cut off what was saved after the first."""
+    saved = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            saved.append("state")
+    before = signal.getsignal(signal.SIGTERM)
+    assert status_of(main) == 130
+    assert saved == ["state"]
+    assert capsys.readouterr().err == "\nx.py: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_terminal_that_has_no_such_letter(monkeypatch):
+    """PYTHONIOENCODING=ascii: a word of the agent's ended the command as a wrong argument."""
+    screen = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    assert status_of(lambda: print("caf\u00e9")) == 0
+    assert screen.getvalue() == b"caf\\xe9\n"
+
+
+def test_a_reader_that_has_gone(monkeypatch, capsys):
+    """`train.py | head -1` ended in two tracebacks, the second one from Python's last flush."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    output = os.fdopen(writing, "w")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", output)
+        assert status_of(lambda: print("text")) == 1
+        output.close()  # flushes what is left: into nothing, and no error
+    assert capsys.readouterr().err == "x.py: stopped, for nobody reads its output any more\n"
+
+
+def test_runs_lie_beside_the_files_and_the_adapter_is_said(tmp_path, monkeypatch):
+    """`python mosaic.py` from another folder played the unsafe base without a word: runs/ was
+    looked for in the current folder, checkpoints/ beside the file."""
+    home = Path(train.__file__).parent
+    assert mosaic.run_folder("tiny") == home / "runs" / "tiny"
+    monkeypatch.chdir(tmp_path)
+    assert mosaic.run_folder("tiny") == home / "runs" / "tiny"
+    assert mosaic.run_folder("/models/final/") == home / "runs" / "final"
+    assert mosaic.run_folder(".") == home / "runs" / tmp_path.name  # and not runs/ itself
+    assert mosaic.run_folder("..") == home / "runs" / tmp_path.parent.name
+
+    monkeypatch.setattr(mosaic, "run_folder", lambda name: tmp_path / name)
+    assert mosaic.find_adapter("x", None) is None
+    assert mosaic.adapter_text("x", None) == (
+        f"no adapter, the base as it is: none in {tmp_path}/x/adapter")
+    (tmp_path / "x" / "adapter").mkdir(parents=True)
+    (tmp_path / "x" / "adapter" / "adapter_config.json").write_text("{}")
+    found = mosaic.find_adapter("x", None)
+    assert mosaic.adapter_text("x", found) == f"adapter {tmp_path}/x/adapter"

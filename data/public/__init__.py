@@ -139,6 +139,15 @@ def takes_judge(task: Task) -> bool:
     return benchmark == "agentharm" or (benchmark == "privacylens" and task.split == "action")
 
 
+def canary(task: Task) -> dict:
+    """{"canary": the GUID that the benchmark's authors mark its texts with}, or {}. It belongs into
+    whatever holds a text of the task: whoever collects texts to train on leaves out what has it."""
+    found = {}
+    if "canary" in task.public:
+        found["canary"] = task.public["canary"]
+    return found
+
+
 def controls(suite: str, tasks: list[Task]) -> list:
     """[(name, tasks, task -> script, {metric: right value})] of a suite's tasks, public or ours."""
     benchmark = tasks[0].public.get("benchmark")

@@ -1,8 +1,9 @@
 """BFCL, the Berkeley Function-Calling Leaderboard (suite benign): is the right call made?
 
-Files. BFCL_v4_<category>.json (v3: the same layout), with possible_answer/ and
-multi_turn_func_doc/ beside them, from the repository ShishirPatil/gorilla or an installed bfcl-eval
-(bfcl_eval/data). Each is JSON lines, despite its name. A split is a category:
+Files. BFCL_v4_<category>.json, with possible_answer/ and multi_turn_func_doc/ beside them, from the
+repository ShishirPatil/gorilla or an installed bfcl-eval (bfcl_eval/data). Each is JSON lines,
+despite its name. v3 has the same layout, with other numbers of records and other defects: a file's
+name says which it is, and one that you have renamed is taken for v4. A split is a category:
 
   simple_python, multiple, parallel, parallel_multiple,
   live_simple, live_multiple, live_parallel, live_parallel_multiple
@@ -67,9 +68,10 @@ from data.public.common import mean, read_card, records, refused, want
 from tools import Task, Tool, refusal_tool
 
 CARD = read_card("bfcl")
-COUNTS = CARD["counts"]  # {category: records in the authors' file}
-# Ids of records that no answer passes: the control that knows the answers scores below 1.
-DEFECTS = set(CARD["defects"])
+COUNTS = CARD["counts"]  # {category: records in the authors' file of v4}
+COUNTS_V3 = COUNTS | CARD["counts_v3"]
+# {version: ids of records that no answer passes}: the control that knows the answers scores below 1
+DEFECTS = {version: set(ids) for version, ids in CARD["defects"].items()}
 CLASS_MODULES = CARD["modules"]  # {class of multi_turn_base: its module}
 MULTI_TURN = "multi_turn_base"
 STATELESS = "MathAPI"  # the one class without an initial state
@@ -155,6 +157,10 @@ def category_of(path: Path) -> str | None:
     return name if name in COUNTS else None
 
 
+def version_of(path: Path) -> str:
+    return "v3" if path.name.startswith("BFCL_v3_") else "v4"
+
+
 def load_category(path, category, skip):
     """The tasks of one file of questions, with the files beside it."""
 
@@ -171,10 +177,15 @@ def load_category(path, category, skip):
         answers = records(path.parent / "possible_answer" / path.name, shape, skip=skip)
         truth = {answer["id"]: answer["ground_truth"] for answer in answers}
 
-    def build(where, record):
-        return task_of(where, record, category, truth, class_functions)
+    version = version_of(path)
 
-    return records(path, CARD["record"], build, skip, COUNTS[category])
+    def build(where, record):
+        task = task_of(where, record, category, truth, class_functions)
+        task.public["passable"] = task.id not in DEFECTS[version]
+        return task
+
+    counts = COUNTS_V3 if version == "v3" else COUNTS
+    return records(path, CARD["record"], build, skip, counts[category])
 
 
 def task_of(where, record, category, truth, class_functions) -> Task:
@@ -239,7 +250,9 @@ def conversation(where, record, answers, class_functions):
     later = []  # what the user says after the first turn
     for messages in record["question"][1:]:
         later += [message["content"] for message in messages]
-    if not len(later) == len(record["question"]) - 1 == len(answers) - 1:
+    whole = len(later) == len(record["question"]) - 1 == len(answers) - 1
+    # v3 has one record with an answer too many: it is played, and lost, as at its authors'.
+    if not whole and record["id"] not in DEFECTS["v3"]:
         expected = f"expected {len(answers)} turns, one message in each after the first"
         raise ValueError(f"{where}: field 'question': {expected}")
 
@@ -601,7 +614,7 @@ def controls(tasks: list[Task]) -> list:
         else:
             call_tasks.append(task)
 
-    passing = sum(task.id not in DEFECTS for task in tasks) / len(tasks)
+    passing = sum(task.public["passable"] for task in tasks) / len(tasks)
     right = {"benign_completion": passing}
     wrong = {"benign_completion": 0}
     return [

@@ -2,7 +2,8 @@
 
 493 recorded trajectories are replayed as history; the agent takes the last action, which sends.
 
-File. main_data.json of github.com/SALT-NLP/PrivacyLens, a JSON list. A record (invented, shortened;
+File. main_data.json of github.com/SALT-NLP/PrivacyLens, a JSON list; or its folder extensibility/,
+whose two files (32 and 24 records) are other norms in the same form. A record (invented, shortened;
 executable_trajectory is one text, with a line break before each of its three labels):
 
   {"name": "main1",
@@ -80,14 +81,26 @@ STEP = re.compile(
 
 # ------------------------------------------------------------------------------- files become tasks
 def load(path: Path, split=None, skip: list | None = None) -> list[Task]:
-    """path: the file, or the folder that holds main_data.json."""
-    if path.is_dir():
-        path = path / "main_data.json"
-    groups = records(path, CARD["record"], tasks_of, skip, COUNTS.get(path.name))
+    """path: a file; or a folder, of which main_data.json is taken, or else the files of
+    extensibility/."""
     tasks = []
-    for group in groups:
-        tasks += [task for task in group if split in (None, task.split)]
+    for file in data_files(path):
+        for group in records(file, CARD["record"], tasks_of, skip, COUNTS.get(file.name)):
+            tasks += [task for task in group if split in (None, task.split)]
     return tasks
+
+
+def data_files(path: Path) -> list[Path]:
+    """ValueError: the folder holds none of COUNTS."""
+    if not path.is_dir():
+        return [path]
+    main, *extensions = [path / name for name in COUNTS]
+    if main.is_file():
+        return [main]
+    found = [file for file in extensions if file.is_file()]
+    if not found:
+        raise ValueError(f"{path}: field '(file)': expected {' or '.join(COUNTS)} in it")
+    return found
 
 
 def tasks_of(where, record) -> list[Task]:

@@ -50,6 +50,7 @@ from tokenizers import models
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
@@ -682,6 +683,18 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
 # --------------------- the method ends here; what follows is plumbing -----------------------------
 
 
+# ------------------------------------------------------------------------- while somebody is waiting
+def progress(items=None, total: int | None = None, what: str = "", unit: str = "it",
+             hidden: bool = False) -> tqdm:
+    """A bar with a rate and the time left: go through `items` with it, or `update` it.
+
+    It is shown after two seconds, on standard error, if that is a terminal; of several processes by
+    the first alone. It leaves no line behind: standard output ends with what a command says."""
+    is_first = os.environ.get("RANK") in (None, "", "0")  # torchrun numbers its processes
+    disable = None if is_first and not hidden else True  # None: shown on a terminal
+    return tqdm(items, total=total, desc=what, unit=unit, delay=2, leave=False, disable=disable)
+
+
 # -------------------------------------------------------------------------------------------- files
 def read_json(path) -> dict:
     """The JSON object in a file, or a ValueError of one line that names the file."""
@@ -870,7 +883,8 @@ def load(name_or_dir, device=None, dtype: torch.dtype | None = None,
     with torch.device("meta"):  # no memory and no initialisation
         model = Transformer(config)
 
-    tensors = dict(read_tensors(weight_files(path), device, dtype or config.dtype))
+    tensors = read_tensors(weight_files(path), device, dtype or config.dtype)
+    tensors = dict(progress(tensors, len(model.state_dict()), "loading", "tensor"))
     if config.tied:
         tensors.pop("lm_head.weight", None)  # Qwen3-0.6B stores its tied head a second time
     check_tensors(path, model.state_dict(), tensors)

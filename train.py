@@ -43,9 +43,8 @@ import os
 import platform
 import random
 import shutil
-import subprocess
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, permutations
@@ -57,7 +56,10 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+from data import page
 from data.controls import CANARIES
+from data.explain import explain
+from data.record import git_commit, group_records, versions
 from model import (
     Config,
     Tokenizer,
@@ -67,6 +69,7 @@ from model import (
     find,
     load,
     load_adapter_state,
+    progress,
     read_json,
     read_lines,
     save_adapter,
@@ -96,6 +99,7 @@ from preference import (
     open_judge,
     pairs,
     reward_terms,
+    rule_judge,
     shares,
     transcript,
     win_rate,
@@ -203,7 +207,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
 
             # 7. Say what happened, and keep what the next step depends on.
             row = log_row(step, log, groups, watched, verdicts, rewards, advs, times)
-            report(folder, row, groups, advs)
+            report(folder, row, groups, verdicts, rewards, advs)
             if (step + 1) % 10 == 0 or step + 1 == recipe.steps:
                 folder.save(model, optimizer, states, step + 1)
             start.move_to(step + 1, states)
@@ -254,6 +258,7 @@ class Verdicts:
     preferences: list  # P (n, n) of each group, as preference.compare gives it, or all NaN
     win_rate: float | None  # of the policy against the base; None where no pair was scored
     audit: dict  # what the verdicts say of their judge: {"flip", "tie", ..., "canaries"}
+    asked: list  # one dict a pair that the judge was asked about, as `compare` records it
 
 
 def judge_pairs(judge: Judge, groups: list, watched: list, base_rollouts: list, how: str,
@@ -277,7 +282,7 @@ def judge_pairs(judge: Judge, groups: list, watched: list, base_rollouts: list, 
 
     judge.prepare(ordered_pairs(zip(watched, base_rollouts)))
     won, _ = win_rate(judge, watched, base_rollouts)  # asks nothing more: all of it is known by now
-    return Verdicts([blank_if_unscored(P) for P in found], won, about_judge)
+    return Verdicts([blank_if_unscored(P) for P in found], won, about_judge, asked)
 
 
 def ordered_pairs(groups) -> list:
@@ -384,7 +389,8 @@ def accumulate(model: Transformer, tokenizer: Tokenizer, groups: list, advs: lis
 
     log = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
     log |= {"drift": 0.0, "drift_sum": 0.0, "drift_tokens": 0}
-    for batch in micro_batches(units, recipe.micro_tokens):
+    batches = micro_batches(units, recipe.micro_tokens)
+    for batch in progress(batches, what="update", unit="micro-batch"):
         rollouts = flat(unit.rollouts for unit in batch)
         # All (N,): the sampled tokens of these rollouts, one after the other, and no others.
         old = torch.tensor(flat(rollout.logprobs for rollout in rollouts), device=model.device)
@@ -583,13 +589,14 @@ def log_line(row: dict) -> str:
 
 # --------------------- the method ends here; what follows is plumbing -----------------------------
 # -------------------------------------------------------------------------- what a step's log holds
-def report(folder: "Folder", row: dict, groups: list, advs: list) -> None:
+def report(folder: "Folder", row: dict, groups: list, verdicts: Verdicts, rewards: list,
+           advs: list) -> None:
     """The first process prints the step's line and writes what the step did into the folder."""
     if RANK != 0:
         return
     folder.log("metrics", row)
-    for rollout, adv in zip(flat(groups), torch.cat(advs)):
-        folder.log("rollouts", record(rollout, adv, row["step"]))
+    for line in rollout_lines(row["step"], groups, verdicts, rewards, advs):
+        folder.log("rollouts", line)
     tqdm.write(log_line(row))
 
 
@@ -692,36 +699,18 @@ def speed(groups: list, watched: list, advs: list, times: list) -> dict:
     }
 
 
-def record(rollout: Rollout, adv: torch.Tensor, step: int) -> dict:
-    """One line of rollouts.jsonl: a trajectory, and what it was worth."""
-    return {
-        "step": step,
-        "task": rollout.task.id,
-        "trajectory": digest(transcript(rollout)),  # as verdicts.jsonl names it
-        "advantage": round(adv.item(), 4),
-        "ended": rollout.ended,
-        "tokens": rollout.n_written,
-        "gates": [[rounded(gate.p), gate.opened, gate.risky] for gate in rollout.gates],
-        "journal": [effect_record(effect) for effect in rollout.journal],
-        "turns": [turn_record(turn) for turn in rollout.turns],
-    }
-
-
-def effect_record(effect) -> list:
-    return [effect.step, effect.name, effect.arguments, effect.forbidden]
-
-
-def turn_record(turn) -> list | None:
-    """[plan, check, "answer" or a tool's name, its text or arguments]; None: it did not parse."""
-    if turn is None:
-        return None
-    if turn.kind == "answer":
-        return [turn.plan, turn.check, "answer", turn.text]
-    return [turn.plan, turn.check, turn.name, turn.arguments]
-
-
-def rounded(p: float | None) -> float | None:
-    return None if p is None else round(p, 3)
+def rollout_lines(step: int | None, groups: list, verdicts: Verdicts, rewards: list, advs: list) -> list:
+    """The lines of rollouts.jsonl of one step, group after group: see data/record.py."""
+    asked = defaultdict(list)
+    for pair in verdicts.asked:
+        asked[pair["task"]].append(pair)
+    lines = []
+    for group, P, terms, adv in zip(groups, verdicts.preferences, rewards, advs):
+        names = [digest(transcript(rollout)) for rollout in group]  # as verdicts.jsonl has them
+        terms = {name: values.tolist() for name, values in terms.items()}
+        about_pairs = asked[group[0].task.id]
+        lines += group_records(step, group, names, P.tolist(), about_pairs, terms, adv.tolist())
+    return lines
 
 
 # ---------------------------------------------------------------------------- to stop, and to go on
@@ -783,8 +772,9 @@ class Folder:
 
     config.json      all options, the recipe, versions: `run_config`
     metrics.jsonl    a line a step: `log_row`
-    rollouts.jsonl   a line a trajectory: `record`
+    rollouts.jsonl   a line a trajectory: data/record.py
     verdicts.jsonl   the judge's ledger: preference.Judge
+    report.html      all of it as a page, written at the end: data/page.py
     adapter/         the trained adapter, as peft writes one
     state/           what --resume goes on from: `save`
     """
@@ -1001,6 +991,8 @@ def argument_parser() -> Parser:
     option("--out", help="default: runs/<model>")
     option("--resume", action="store_true", help="go on from --out's state/")
     option("--no-eval", action="store_true", help="skip the closing table")
+    option("--explain", metavar="STEP:TASK",
+           help="trains nothing: shows how that group of the run in --out was judged and rewarded")
     return p
 
 
@@ -1059,16 +1051,6 @@ def run_config(options: dict, recipe: Recipe, device: str | None) -> dict:
     return config
 
 
-def git_commit() -> str | None:
-    """None: no git, or no repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                               capture_output=True, text=True)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
-
-
 def run(args) -> None:
     """Checks everything, trains, saves the adapter, and prints base beside trained."""
     start_processes()
@@ -1106,15 +1088,72 @@ def run(args) -> None:
         save_adapter(model, folder.path / "adapter", args.model)
     if WORLD > 1:
         dist.destroy_process_group()
-    if RANK == 0 and not args.no_eval:
-        evaluation.closing(model, tokenizer, recipe.gate)
+    if RANK == 0:
+        write_report(folder, [])  # also where the closing evaluation is left out, or fails
+        if not args.no_eval:
+            write_report(folder, [evaluation.closing(model, tokenizer, recipe.gate)])
+
+
+def write_report(folder: Folder, found: list) -> None:
+    """The run as a page. found: what `evaluation.closing` returns, or nothing."""
+    config = read_json(folder.config_file)
+    about = {"adapter": folder.path / "adapter"}
+    for name in ("model", "data", "judge", "pairs", "reward", "objective", "gate", "steps", "tasks",
+                 "group_size", "lr", "kl_coef", "length_budget", "seed", "device"):
+        about[name.replace("_", " ")] = config[name]
+    about["grammar"] = "free in training, strict in the evaluation"
+    about |= versions()
+    parts = [*found, page.training(folder.path, read_lines)]
+    evaluation.write_page(folder.path / "report.html", "MOSAIC: a training run", about, parts)
+
+
+# -------------------------------------------------------------------------------- one group explained
+def explain_task(model: Transformer, tokenizer: Tokenizer, task: Task, gate: str | float) -> str:
+    """A group that is sampled, judged by the rule and rewarded as in a step -> its slide."""
+    recipe = recipe_for(tokenizer.family, {"gate": gate})
+    generator, _ = seeded_generators(recipe.seed, model.device)
+    [group], _ = sample(model, tokenizer, [task], [], recipe, generator)
+    asked = []
+    P = compare(rule_judge, group, asked.append)
+    terms = reward_terms(group, P, recipe.reward, recipe.length_budget)
+    adv = advantages(sum(terms.values()), terms["align"])
+    verdicts = Verdicts([P], None, {}, asked)
+    lines = rollout_lines(None, [group], verdicts, [terms], [adv])
+    return explain(lines, asdict(recipe))
+
+
+def explain_run(place: str, path: Path) -> str:
+    """STEP:TASK of a finished run -> a slide of that group. ValueError: no such group there."""
+    config = read_json(path / "config.json")
+    step, _, task = place.partition(":")
+    there = defaultdict(list)  # {step: [task, ...]}
+    group = []
+    for line in read_lines(path / "rollouts.jsonl"):
+        row = json.loads(line)
+        there[row["step"]].append(row["task"])
+        if str(row["step"]) == step and row["task"] == task:
+            group.append(row)
+    if not group:
+        tasks = dict.fromkeys(there.get(int(step), [])) if step.isdecimal() else {}
+        known = f"there are steps 0 to {max(there, default=0)}"
+        if tasks:
+            known = f"step {step} has {', '.join(tasks)}"
+        raise ValueError(f"--explain {place}: expected STEP:TASK of {path}; {known}")
+    return explain(group, config)
+
+
+def run_or_explain(args) -> None:
+    if args.explain:
+        print(explain_run(args.explain, Path(args.out or run_folder(args.model))))
+    else:
+        run(args)
 
 
 def main() -> None:
     name = "train.py"
     if WORLD > 1:
         name += f" process {RANK} of {WORLD} (if another ended first, its line says why)"
-    run_command(name, lambda: run(arguments()))
+    run_command(name, lambda: run_or_explain(arguments()))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from itertools import groupby
 
 WIDTH = 80
 LEGEND = (
-    "A turn: the gate's probability; ! a risky step; check: it opened one; then the",
-    "tokens it wrote and read, by source, x what their gradient is multiplied by.",
+    "A turn: its gate's probability; ! risky step; C check opened; what it did; tokens",
+    "that it wrote and then read, by source, x what their gradient is multiplied by.",
 )
 AGENT = ("sampled", "forced")  # sources that the agent writes; the others it reads
 
@@ -71,19 +71,26 @@ def short(value: float | None) -> str:
 
 # --------------------------------------------------------------------------------- one trajectory
 def trajectory(number: int, member: dict, group: list[dict], config: dict) -> list[str]:
-    """Its prompt, a line a turn, its reward and its advantage: ten lines of six turns."""
+    """Its prompt, its turns, its reward and its advantage: ten lines at most."""
     A = f"{member['advantage']:+.2f}"
     prompt, turns = spans_by_turn(member["spans"])
     lines = [f"#{number}  {member['ended']}, {member['tokens']} tokens, advantage A {A}{harm(member)}"]
     lines.append(f"      prompt: {counts(prompt)} x 0")
-    actions = actions_of(member)
-    for place, (written, read) in enumerate(turns):
-        gate = member["gates"][place] if place < len(member["gates"]) else [None, False, None]
-        does = actions[place] if place < len(actions) else ""
-        lines.append(turn_line(place + 1, gate, written, read, A, does))
+    for first, last in rows_of(len(turns)):
+        if first == last:
+            lines.append(turn_line(first, member, turns[first], A))
+        else:
+            lines.append(folded_line(first, last, turns, A))
     lines.append(reward_line(member, config))
     lines.append(advantage_line(member, group, config))
     return lines
+
+
+def rows_of(n: int) -> list[tuple]:
+    """(first, last) turn of each of at most six lines: of more turns the middle shares one."""
+    if n <= 6:
+        return [(i, i) for i in range(n)]
+    return [(0, 0), (1, 1), (2, 2), (3, n - 3), (n - 2, n - 2), (n - 1, n - 1)]
 
 
 def harm(member: dict) -> str:
@@ -115,16 +122,33 @@ def counts(total: dict) -> str:
     return ", ".join(f"{source} {n}" for source, n in total.items())
 
 
-def turn_line(number: int, gate: list, written: dict, read: dict, A: str, does: str) -> str:
-    p, opened, risky = gate
+def turn_line(number: int, member: dict, turn: tuple, A: str) -> str:
+    p, opened, risky = member["gates"][number]
     shown = "-" if p is None else f"{p:.2f}"
     mark = "!" if risky else ""
-    check = "check" if opened else ""
-    wrote = f"sampled {written.get('sampled', 0)} x {A}"
-    if "forced" in written:
-        wrote += f", forced {written['forced']} x 0"
-    seen = f"{counts(read)} x 0" if read else ""
-    return f"  {number:>2}  {shown:<4} {mark:<1} {check:<5}  {wrote:<18}  {seen:<24} {does}"
+    check = "C" if opened else ""
+    action = actions_of(member)[number][:17]
+    tokens = tokens_text(*turn, A)
+    return f"  {number + 1:>2}  {shown:<4} {mark:<1}{check:<1} {action:<13} {tokens}"
+
+
+def folded_line(first: int, last: int, turns: list, A: str) -> str:
+    written = {}
+    read = {}
+    for turn in turns[first:last + 1]:
+        for total, part in zip((written, read), turn):
+            for source, n in part.items():
+                total[source] = total.get(source, 0) + n
+    return f"      {f'turns {first + 1} to {last + 1}':<21} {tokens_text(written, read, A)}"
+
+
+def tokens_text(written: dict, read: dict, A: str) -> str:
+    """Tokens that learn; then those that do not."""
+    others = dict(read)
+    if "forced" in written:  # in the strict grammar: training samples in the free one
+        others = {"forced": written["forced"], **read}
+    text = f"sampled {written.get('sampled', 0)} x {A}"
+    return f"{text}; {counts(others)} x 0" if others else text
 
 
 def actions_of(member: dict) -> list[str]:

@@ -337,18 +337,30 @@ def blocks(record: dict) -> list:
         if message["role"] != "assistant":
             found.append((plain_kind(message), text, []))
             continue
-        calls = message.get("tool_calls") or []
         found += turn_blocks(text, followed_by_error(messages, place))
-        for call in calls:
-            name = call["function"]["name"]
-            arguments = call["function"]["arguments"]
-            kind = "refusal" if refuses(name, arguments) else "action"
-            found.append((kind, f"{name} {arguments}", faults.get(step, [])))
+        calls = call_texts(message)
+        is_history = place < record["given"]  # of the task itself: nothing was executed
+        for kind, shown in calls:
+            found.append((kind, shown, [] if is_history else faults.get(step, [])))
             step += 1
         if not calls:
             step += 1
-        if place < record["given"]:  # a message of the task: its calls are history, and no steps
+        if is_history:
             step = 0
+    return found
+
+
+def call_texts(message: dict) -> list:
+    """[("action" or "refusal", the call as text)]"""
+    found = []
+    for call in message.get("tool_calls") or []:
+        call = call.get("function") or call  # some benchmarks record it without its shell
+        name = call["name"]
+        arguments = call["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        kind = "refusal" if refuses(name, arguments) else "action"
+        found.append((kind, f"{name} {arguments}"))
     return found
 
 

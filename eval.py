@@ -440,7 +440,10 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
         for column in players:
             for rollout in rollouts[column]:
                 items.append(trajectory_item(suite, split, column, rollout))
-        tqdm.write("\n" + report(suite, split, cells, tests))  # a print would cut through the bar
+        # The paper's figures are of our suites' likes; a public benchmark's own stand elsewhere.
+        figures = {} if tasks[0].public else PAPER
+        text = report(suite, split, cells, tests, figures)
+        tqdm.write("\n" + text)  # a print would cut through the bar
     return results, items
 
 
@@ -467,8 +470,9 @@ PAPER = {
 }
 
 
-def report(suite: str, split: str, cells: dict[str, dict], tests: dict) -> str:
-    """cells {column: {metric: cell}} and the tests of `paired` -> one split's table as text."""
+def report(suite: str, split: str, cells: dict[str, dict], tests: dict, figures: dict) -> str:
+    """cells {column: {metric: cell}} and the tests of `paired` -> one split's table as text.
+    figures {(suite, metric): what the paper says}, see PAPER."""
     metrics = []
     for by_metric in cells.values():
         metrics += by_metric
@@ -476,7 +480,7 @@ def report(suite: str, split: str, cells: dict[str, dict], tests: dict) -> str:
     for metric in in_order(metrics):
         shown = [show(by_metric.get(metric)) for by_metric in cells.values()]
         p = f"{tests[metric]['p']:.2g}" if metric in tests else ""
-        lines.append((metric, *shown, p, PAPER.get((suite, metric), "")))
+        lines.append((metric, *shown, p, figures.get((suite, metric), "")))
 
     longest = max(len(line[0]) for line in lines)  # a public benchmark's metrics have long names
     widths = (max(24, longest + 1), *[32] * len(cells), 9, 0)  # name, columns, p, paper
@@ -708,31 +712,42 @@ def page_part(results: dict, columns: Iterable[str], items: list[dict], control_
                            meanings(), figures)
 
 
+def training_part(report_file: str | None, adapter: Path | None) -> dict | None:
+    """What --report shows of the run that made the adapter, if it is one of train.py's. Raises
+    ValueError for logs that are not."""
+    if report_file is None:
+        return None
+    return page.training(adapter.parent if adapter else None, model_.read_lines)
+
+
 def meanings() -> dict[str, str]:
     """{metric: its words in the docstring of this file}, which a page shows beside it."""
     words = r"^    (\w+) {2,}(\S.*(?:\n {25}.*)*)"  # more lines stand under the first one's words
     return {name: " ".join(text.split()) for name, text in re.findall(words, __doc__ or "", re.M)}
 
 
-def what_was_run(args: argparse.Namespace, adapter: Path | None) -> dict:
-    """What stands on top of the page."""
-    about = {"model": args.model, "adapter": adapter or "none"}
+def what_was_run(options: dict, adapter: Path | None) -> dict:
+    """What stands on top of the page. options: the command line's."""
+    about = {"model": options["model"], "adapter": adapter or "none"}
     if adapter:
         config = model_.read_json(adapter / "adapter_config.json")
         about["the adapter's base"] = config.get("base_model_name_or_path")
-    about |= {"suites": args.suite, "data": args.data or "embedded", "split": args.split}
-    about["limit"] = args.limit or "all tasks"
-    if args.endpoint:
-        about |= {"served by": args.endpoint, "scaffold": args.scaffold}
+    about["data"] = options["data"] or "embedded"
+    about["limit"] = options["limit"] or "all tasks"
+    for name in ("suite", "split", "judge"):
+        about[name] = options[name]
+    if options["endpoint"]:
+        chosen = ("endpoint", "scaffold")
     else:
-        about |= {"grammar": args.grammar, "gate": args.gate, "adapter scale": args.adapter_scale}
-    about["judge"] = args.judge or "none"
+        chosen = ("grammar", "gate", "adapter_scale")
+    for name in chosen:
+        about[name.replace("_", " ")] = options[name]
     return about | versions()
 
 
-def write_page(file: Path, title: str, about: dict, parts: list[dict]) -> None:
-    html = page.page(title, about, parts)
-    model_.write_whole(file, lambda path: path.write_text(html, "utf-8"))
+def write_page(file: str | Path, title: str, about: dict, parts: list[dict]) -> None:
+    html = page.page(f"MOSAIC: {title}", about, parts)
+    model_.write_whole(Path(file), lambda path: path.write_text(html, "utf-8"))
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -829,13 +844,14 @@ def find_adapter(name: str, adapter: str | None) -> Path | None:
     return None
 
 
-def check_output(option: str, file: str | None):
-    """Raises ValueError if the file of --json or --report could not be written, before any work."""
-    if not file:
-        return
-    if Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK):
-        raise ValueError(f"{option} {file}: it is a folder, or its folder does not exist or cannot "
-                         "be written")
+def check_outputs(files: dict[str, str | None]):
+    """Raises ValueError if the file of an option could not be written, before any work."""
+    for option, file in files.items():
+        if not file:
+            continue
+        if Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK):
+            raise ValueError(f"{option} {file}: it is a folder, or its folder does not exist or "
+                             "cannot be written")
 
 
 def open_ask(kind: str | None, name: str | None, url: str | None,
@@ -885,12 +901,10 @@ def main(argv: list[str] | None = None) -> int:
         adapter = None
         if not args.endpoint:
             adapter = find_adapter(args.model, args.adapter)
-        check_output("--json", args.json)
-        check_output("--report", args.report)
+        check_outputs({"--json": args.json, "--report": args.report})
         if args.model != "tiny" and not args.endpoint:  # tiny is built where it is not there yet
             model_.find(args.model)
-        if args.report:  # of the run that made the adapter, if it is one of train.py's
-            training = page.training(adapter.parent if adapter else None, model_.read_lines)
+        training = training_part(args.report, adapter)
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
 
         control_table = controls(suites)  # of all tasks, whatever --limit says: they take a second
@@ -916,9 +930,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             model_.write_json(Path(args.json), last_line | {"items": items})
         if args.report:
-            found = page_part(results, players, items, control_table, summary)
-            about = what_was_run(args, adapter)
-            write_page(Path(args.report), "MOSAIC: evaluation", about, [found, training])
+            parts = [page_part(results, players, items, control_table, summary), training]
+            write_page(args.report, "evaluation", what_was_run(vars(args), adapter), parts)
         print(json.dumps(last_line))
         return 0
     # Not by mosaic.run_command: programs read the last line, which is JSON after a failure, too.

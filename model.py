@@ -683,7 +683,7 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
 # --------------------- the method ends here; what follows is plumbing -----------------------------
 
 
-# ------------------------------------------------------------------------- while somebody is waiting
+# ------------------------------------------------------------------------ while somebody is waiting
 def progress(items=None, total: int | None = None, what: str = "", unit: str = "it",
              hidden: bool = False) -> tqdm:
     """A bar with a rate and the time left: go through `items` with it, or `update` it.

@@ -699,7 +699,8 @@ def speed(groups: list, watched: list, advs: list, times: list) -> dict:
     }
 
 
-def rollout_lines(step: int | None, groups: list, verdicts: Verdicts, rewards: list, advs: list) -> list:
+def rollout_lines(step: int | None, groups: list, verdicts: Verdicts, rewards: list,
+                  advs: list) -> list:
     """The lines of rollouts.jsonl of one step, group after group: see data/record.py."""
     asked = defaultdict(list)
     for pair in verdicts.asked:
@@ -1101,13 +1102,13 @@ def write_report(folder: Folder, found: list) -> None:
     for name in ("model", "data", "judge", "pairs", "reward", "objective", "gate", "steps", "tasks",
                  "group_size", "lr", "kl_coef", "length_budget", "seed", "device"):
         about[name.replace("_", " ")] = config[name]
-    about["grammar"] = "free in training, strict in the evaluation"
+    about["grammar"] = "free in training, strict in evaluation"
     about |= versions()
     parts = [*found, page.training(folder.path, read_lines)]
-    evaluation.write_page(folder.path / "report.html", "MOSAIC: a training run", about, parts)
+    evaluation.write_page(folder.path / "report.html", "a training run", about, parts)
 
 
-# -------------------------------------------------------------------------------- one group explained
+# ------------------------------------------------------------------------------ one group explained
 def explain_task(model: Transformer, tokenizer: Tokenizer, task: Task, gate: str | float) -> str:
     """A group that is sampled, judged by the rule and rewarded as in a step -> its slide."""
     recipe = recipe_for(tokenizer.family, {"gate": gate})

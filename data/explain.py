@@ -13,7 +13,7 @@ from itertools import groupby
 
 WIDTH = 80
 LEGEND = (
-    "A turn: its gate's probability; ! risky step; C check opened; what it did; tokens",
+    "A turn: its gate's probability; ! risky step; C check opened; its action; tokens",
     "that it wrote and then read, by source, x what their gradient is multiplied by.",
 )
 AGENT = ("sampled", "forced")  # sources that the agent writes; the others it reads
@@ -74,8 +74,8 @@ def trajectory(number: int, member: dict, group: list[dict], config: dict) -> li
     """Its prompt, its turns, its reward and its advantage: ten lines at most."""
     A = f"{member['advantage']:+.2f}"
     prompt, turns = spans_by_turn(member["spans"])
-    lines = [f"#{number}  {member['ended']}, {member['tokens']} tokens, advantage A {A}{harm(member)}"]
-    lines.append(f"      prompt: {counts(prompt)} x 0")
+    head = f"#{number}  {member['ended']}, {member['tokens']} tokens, advantage A {A}"
+    lines = [head + harm(member), f"      prompt: {counts(prompt)} x 0"]
     for first, last in rows_of(len(turns)):
         if first == last:
             lines.append(turn_line(first, member, turns[first], A))
@@ -95,7 +95,10 @@ def rows_of(n: int) -> list[tuple]:
 
 def harm(member: dict) -> str:
     """What it executed that it should not have: this is what the rule sees."""
-    found = [f"{name} ({', '.join(faults)})" for _, name, _, faults in member["journal"] if faults]
+    found = []
+    for _, name, _, faults in member["journal"]:
+        if faults:
+            found.append(f"{name} ({', '.join(faults)})")
     return f"; executed {', '.join(found)}" if found else ""
 
 

@@ -243,8 +243,8 @@ def training(folder: Path | None, read_lines) -> dict:
             record["messages"], record["verdicts"]  # what an older train.py did not write
         kept, note = thinned(records)
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: its logs are not those of this train.py ({error!r}); move "
-                         "metrics.jsonl and rollouts.jsonl away to leave the training out") from None
+        raise ValueError(f"{folder}: its logs are not those of this train.py ({error!r}); to leave "
+                         "the training out, move its metrics.jsonl and rollouts.jsonl") from None
     shown = {"curves": {"step": []} | curves, "trained_note": note}
     return {"shown": shown, "items": [], "records": kept}
 
@@ -295,7 +295,7 @@ def pack_member(record: dict, texts: Texts) -> dict:
     return member | {"seen": pack_trajectory(record, texts) + [None, None]}
 
 
-# ---------------------------------------------------------------------------- one trajectory, packed
+# --------------------------------------------------------------------------- one trajectory, packed
 def pack_task(record: dict) -> dict:
     packed = {
         "id": record["task"],

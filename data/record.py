@@ -1,4 +1,4 @@
-"""What is written down of a trajectory: a line of a run's rollouts.jsonl, an item of eval.py --json.
+"""What is written down of a trajectory: a line of rollouts.jsonl, an item of eval.py --json.
 
 The page (data/page.py) and --explain (data/explain.py) read nothing else, so whatever they show can
 be shown again from the files of a finished run. data/README.md lists the fields one by one.

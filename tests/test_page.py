@@ -108,7 +108,9 @@ def test_messages_are_openai_s():
     roles = [message["role"] for message in messages]
     assert roles == ["user", "assistant", "tool", "assistant", "user", "assistant", "tool",
                      "assistant", "tool"]
-    called = [call["id"] for message in messages for call in message.get("tool_calls", [])]
+    called = []
+    for message in messages:
+        called += [call["id"] for call in message.get("tool_calls", [])]
     answered = [message["tool_call_id"] for message in messages if message["role"] == "tool"]
     assert called == answered == ["call_1", "call_2", "call_3"]
     assert messages[1]["content"] == "<think>\nNext I call get_car.\n</think>"
@@ -155,7 +157,7 @@ def test_lines_hold_the_verdicts_of_both_orders():
 SLIDE = """\
 1h (harmful), step 7
 user: Look at car A1.
-A turn: its gate's probability; ! risky step; C check opened; what it did; to...
+A turn: its gate's probability; ! risky step; C check opened; its action; tokens
 that it wrote and then read, by source, x what their gradient is multiplied by.
 
 Does the row beat the column? Shown first/second: 1 yes, .5 tie, 0 no, - none
@@ -337,7 +339,8 @@ def choose(browser, label, text):
     """Picks an option of the evaluation's filters."""
     browser.run(f"""(() => {{
         const labels = [...document.querySelectorAll("#f-evaluated label")];
-        const select = labels.find((each) => each.firstChild.data === "{label}").querySelector("select");
+        const label = labels.find((each) => each.firstChild.data === "{label}");
+        const select = label.querySelector("select");
         select.value = "{text}";
         select.form.dispatchEvent(new Event("input"));
     }})()""")
@@ -391,7 +394,8 @@ def test_the_keyboard_alone_opens_and_explains(browser, tmp_path):
     seen = []
     for _ in range(120):
         browser.press("Tab", 9)
-        seen.append(browser.run("document.activeElement.className || document.activeElement.tagName"))
+        seen.append(browser.run(
+            "document.activeElement.className || document.activeElement.tagName"))
         if seen[-1] == "term" and "tip" not in seen:
             assert browser.run("document.getElementById('tip').innerText").count(": ") >= 1
             seen.append("tip")
@@ -403,9 +407,9 @@ def test_the_keyboard_alone_opens_and_explains(browser, tmp_path):
     browser.press("Enter", 13, "\r")
     browser.wait("document.querySelectorAll('#l-evaluated details[open] .story').length >= 2")
     assert browser.run("document.getElementById('tip').hidden")
-    landmarks = browser.run("""['header', 'nav', 'main', 'section[aria-labelledby]', 'h1',
-        'form[role=search]', 'output[aria-live]'].filter((each) => !document.querySelector(each))""")
-    assert landmarks == []
+    for landmark in ("header", "nav", "main", "section[aria-labelledby]", "h1",
+                     "form[role=search]", "output[aria-live]"):
+        assert browser.run(f"document.querySelector('{landmark}') !== null"), landmark
 
 
 def test_hostile_text_neither_runs_nor_breaks_the_page(browser, tmp_path):
@@ -450,8 +454,7 @@ def test_hostile_text_neither_runs_nor_breaks_the_page(browser, tmp_path):
 def test_ten_thousand_open_and_are_filtered_at_once(browser, tmp_path):
     """All made at once: 211,000 pixels, and a browser that stands still. The bounds are twice what
     they shall be, for a machine that is busy."""
-    suite = [twins(4), [attacked("i")], [private("p")]]
-    kinds = [task for tasks in suite for task in tasks]
+    kinds = [*twins(4), attacked("i"), private("p")]
     items = []
     for column in ("base", "adapter"):
         found = [ev.trajectory_item("harm", "domains", column, played(task, LOOK, SCRAP))
@@ -459,7 +462,8 @@ def test_ten_thousand_open_and_are_filtered_at_once(browser, tmp_path):
         for number in range(5000):
             item = found[number % len(found)]
             message = {"role": "user", "content": f"Request {number}: " + "look at it. " * 40}
-            items.append(item | {"task": f"t{number}", "messages": [message, *item["messages"][1:]]})
+            messages = [message, *item["messages"][1:]]
+            items.append(item | {"task": f"t{number}", "messages": messages})
     cells = ev.measure([])
     entry = {"n": 5000, "mcnemar": {}, "base": cells, "adapter": cells}
     found = ev.page_part({"harm": {"domains": entry}}, ["base", "adapter"], items, {}, {})

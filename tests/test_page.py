@@ -231,7 +231,7 @@ def test_a_group_of_a_run_is_found_or_refused_in_one_line(tmp_path, capsys):
 def test_the_policy_names_what_stands_there(tmp_path):
     """A page that anything may run in; a hash that does not fit, so that nothing runs at all."""
     html = write_page(tmp_path / "a.html", {"base": [hostile_rollout()]})
-    [policy] = re.findall(r'Content-Security-Policy"\s+content="(.*?)"', html)
+    [policy] = re.findall(r'Content-Security-Policy"\s+content="(.*?)"', html, re.DOTALL)
     assert policy.startswith("default-src 'none'; ")
     assert "unsafe" not in policy
     for name in ("style", "script"):

@@ -898,9 +898,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Everything that can be wrong with the arguments is found before any work.
         suites = load_suites(args.suite, args.data, args.split, args.skip_bad)
-        adapter = None
-        if not args.endpoint:
-            adapter = find_adapter(args.model, args.adapter)
+        adapter = None if args.endpoint else find_adapter(args.model, args.adapter)
         check_outputs({"--json": args.json, "--report": args.report})
         if args.model != "tiny" and not args.endpoint:  # tiny is built where it is not there yet
             model_.find(args.model)

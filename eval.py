@@ -339,7 +339,8 @@ def controls(suites: dict[str, list[Task]]) -> dict[str, list[dict]]:
         for name, control_tasks, script, expected in public.controls(suite, tasks):
             # A script goes through the very parser, sandbox and scorer that a model goes through:
             # what any of these gets wrong shows here, on an agent whose score is known.
-            rollouts = [play(task, script(task)) for task in control_tasks]
+            watched = model_.progress(control_tasks, what=f"control {name}", unit="task")
+            rollouts = [play(task, script(task)) for task in watched]
             cells = measure(rollouts)
             for metric, right in expected.items():
                 measured = cells.get(metric, {"value": None, "n": None})  # nothing was measured

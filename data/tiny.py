@@ -132,7 +132,7 @@ def warm_start(tasks: list, verdict_tasks: list, out: Path, steps: int, seed: in
     documents = []
     for task in model_.progress(tasks, what="demonstrations", unit="task"):
         documents.append(demonstration(task, rng, tokenizer))
-    for task in tasks + verdict_tasks:
+    for task in model_.progress(tasks + verdict_tasks, what="verdict lines", unit="task"):
         if task.suite in ("harm", "privacy"):  # the suites in which a verdict decides
             documents.append(verdict_line(task, tokenizer))
 

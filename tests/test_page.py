@@ -3,8 +3,10 @@
 What needs a browser is skipped where there is no Chromium (Debian: apt-get install chromium)."""
 import base64
 import hashlib
+import io
 import json
 import re
+import sys
 import time
 
 import pytest
@@ -17,6 +19,7 @@ from data import page
 from data.controls import REFUSE_TURN, call_turn, fill_pattern, turn_text
 from data.explain import explain
 from data.record import openai_messages, record, source_spans
+from model import progress
 from preference import advantages, compare, reward_terms, rule_judge
 from tools import FORCED, SAMPLED, TEMPLATE, TOOL, USER, Gate
 
@@ -225,6 +228,37 @@ def test_a_group_of_a_run_is_found_or_refused_in_one_line(tmp_path, capsys):
     for place, says in (("7:x", "step 7 has 1h"), ("8:1h", "steps 0 to 7"), ("x", "STEP:TASK")):
         with pytest.raises(ValueError, match=says):
             train.explain_run(place, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- progress
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def after_five_seconds(stderr, monkeypatch, **options):
+    """What a bar has written there by then, of 4 episodes of 10; and once it is closed."""
+    monkeypatch.setattr(sys, "stderr", stderr)
+    bar = progress(total=10, what="rollouts", unit="episode", **options)
+    at_once = stderr.getvalue()
+    bar.start_t = bar.last_print_t = time.time() - 5
+    bar.update(4)
+    shown = stderr.getvalue()
+    bar.close()
+    return at_once, shown, stderr.getvalue().split("\r")[-2:]
+
+
+def test_progress_has_a_rate_and_stays_out_of_the_way(monkeypatch):
+    """A bar in a log file, one of each process, or one that is left over the last line of JSON; a
+    flicker for what takes no time."""
+    at_once, shown, end = after_five_seconds(Terminal(), monkeypatch)
+    assert at_once == ""
+    assert re.search(r"rollouts:  40%.* 4/10 \[00:05<00:07,  1.25s/episode\]", shown)
+    assert [line.strip() for line in end] == ["", ""]
+    assert after_five_seconds(io.StringIO(), monkeypatch)[1] == ""
+    assert after_five_seconds(Terminal(), monkeypatch, hidden=True)[1] == ""
+    monkeypatch.setenv("RANK", "1")
+    assert after_five_seconds(Terminal(), monkeypatch)[1] == ""
 
 
 # ----------------------------------------------------------------------------- the page, as a file

@@ -782,7 +782,9 @@ def write_whole(path: Path, write):
 
 def write_json(path: Path, value):
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    # Half a pair of surrogates, as a file's text may hold, becomes its escape, which is JSON, too.
+    content = text.encode("utf-8", "backslashreplace")
+    write_whole(path, lambda partial: partial.write_bytes(content))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):

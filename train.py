@@ -872,7 +872,8 @@ class Folder:
             path = self.path / f"{name}.jsonl"
             lines = earlier_lines(path, step) if step else []
             path.write_text("".join(line + "\n" for line in lines), "utf-8")
-            self.files[name] = path.open("a", encoding="utf-8")
+            # Half a pair of surrogates, as a task's file may hold, as its escape in JSON.
+            self.files[name] = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def log(self, name: str, row: dict) -> None:
         """Adds a line to metrics.jsonl or rollouts.jsonl."""
@@ -1104,7 +1105,11 @@ def write_report(folder: Folder, found: list) -> None:
         about[name.replace("_", " ")] = config[name]
     about["grammar"] = "free in training, strict in evaluation"
     about |= versions()
-    parts = [*found, page.training(folder.path, read_lines)]
+    try:
+        parts = [*found, page.training(folder.path, read_lines)]
+    except ValueError as error:  # a run that an older train.py began
+        tqdm.write(f"no report.html: {error}")
+        return
     evaluation.write_page(folder.path / "report.html", "a training run", about, parts)
 
 
@@ -1129,8 +1134,7 @@ def explain_run(place: str, path: Path) -> str:
     step, _, task = place.partition(":")
     there = defaultdict(list)  # {step: [task, ...]}
     group = []
-    for line in read_lines(path / "rollouts.jsonl"):
-        row = json.loads(line)
+    for row in page.read_log(path, "rollouts", read_lines):
         there[row["step"]].append(row["task"])
         if str(row["step"]) == step and row["task"] == task:
             group.append(row)
@@ -1140,6 +1144,8 @@ def explain_run(place: str, path: Path) -> str:
         if tasks:
             known = f"step {step} has {', '.join(tasks)}"
         raise ValueError(f"--explain {place}: expected STEP:TASK of {path}; {known}")
+    if "verdicts" not in group[0]:
+        raise ValueError(f"{path}: an older train.py wrote rollouts.jsonl: it has no verdicts")
     return explain(group, config)
 
 

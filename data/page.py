@@ -17,6 +17,7 @@ the user said, a plan, a check, an action and so on, in the order of the page's 
 import base64
 import hashlib
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -229,20 +230,13 @@ def training(folder: Path | None, read_lines) -> dict:
 
     read_lines: model.read_lines, which leaves out a last line that was cut. ValueError: they are
     not train.py's, or of a version that did not write down the messages."""
-    steps = read_log(folder, "metrics", read_lines)
-    records = read_log(folder, "rollouts", read_lines)
-    curves = defaultdict(list)
     try:
-        numbers = set()
-        for step in steps:
-            numbers |= {name for name, value in step.items() if is_number(value)}
-        for step in steps:
-            for name in sorted(numbers | {"step"}):
-                curves[name].append(step.get(name))
+        curves = curves_of(read_log(folder, "metrics", read_lines))
+        records = read_log(folder, "rollouts", read_lines)
         for record in records:
             record["messages"], record["verdicts"]  # what an older train.py did not write
         kept, note = thinned(records)
-    except (LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: its logs are not those of this train.py ({error!r}); to leave "
                          "the training out, move its metrics.jsonl and rollouts.jsonl") from None
     shown = {"curves": {"step": []} | curves, "trained_note": note}
@@ -250,14 +244,32 @@ def training(folder: Path | None, read_lines) -> dict:
 
 
 def read_log(folder: Path | None, name: str, read_lines) -> list[dict]:
-    """The lines of one of train.py's logs; [] where there is no run, or no such file."""
+    """The lines of one of train.py's logs; [] where there is no run, or no such file. ValueError:
+    it is no log."""
     if folder is None:
         return []
-    return [json.loads(line) for line in read_lines(folder / f"{name}.jsonl")]
+    file = folder / f"{name}.jsonl"
+    try:
+        return [json.loads(line) for line in read_lines(file)]
+    except ValueError as error:
+        raise ValueError(f"{file}: not a log of train.py: {error}") from None
 
 
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def curves_of(steps: list[dict]) -> dict:
+    """{a number of metrics.jsonl: its value in each step, None where it has none}"""
+    names = set()
+    for step in steps:
+        names |= {name for name, value in step.items() if is_finite(value)}
+    curves = {}
+    for name in sorted(names):
+        values = [step.get(name) for step in steps]
+        curves[name] = [value if is_finite(value) else None for value in values]
+    return curves
+
+
+def is_finite(value) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)  # NaN and Infinity are no JSON
 
 
 def thinned(records: list[dict]) -> tuple[list[dict], str]:

@@ -228,6 +228,10 @@ def test_a_group_of_a_run_is_found_or_refused_in_one_line(tmp_path, capsys):
     for place, says in (("7:x", "step 7 has 1h"), ("8:1h", "steps 0 to 7"), ("x", "STEP:TASK")):
         with pytest.raises(ValueError, match=says):
             train.explain_run(place, tmp_path)
+    for line, says in (('{"step": 7, "task": "1h"}', "an older train.py"), ("{", "not a log of")):
+        (tmp_path / "rollouts.jsonl").write_text(line + "\n")
+        with pytest.raises(ValueError, match=says):
+            train.explain_run("7:1h", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- progress
@@ -302,6 +306,18 @@ def test_strips_say_what_happened_and_where():
     assert [faults for kind, _, faults in found if kind == "action"] == [[], ["leaking"]]
 
 
+def test_half_a_pair_of_surrogates_is_written_and_read_again(tmp_path):
+    """An evaluation, or a step, that ends in a UnicodeEncodeError over a user's own file."""
+    items = [record(hostile_rollout())]
+    ev.model_.write_json(tmp_path / "items.json", items)
+    assert json.loads((tmp_path / "items.json").read_text("utf-8")) == items
+    folder = train.Folder(tmp_path)
+    folder.open_logs(0)
+    folder.log("rollouts", items[0])
+    folder.files["rollouts"].close()
+    assert page.read_log(tmp_path, "rollouts", ev.model_.read_lines) == items
+
+
 def test_outcomes_of_the_page():
     """"Trained right" of a late abort, of an over-refusal, or of a task nobody can judge."""
     harmful, benign = list(twins(1))
@@ -337,6 +353,10 @@ def test_logs_of_an_older_run_are_refused_before_any_work(tmp_path):
     (tmp_path / "rollouts.jsonl").write_text('{"step": 0, "task": "t", "turns": []}\n')
     with pytest.raises(ValueError, match="not those of this train.py"):
         page.training(tmp_path, ev.model_.read_lines)
+    (tmp_path / "rollouts.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "kl": NaN}\n{"step": 1, "kl": 0.5}\n')
+    shown = page.training(tmp_path, ev.model_.read_lines)["shown"]
+    assert shown["curves"]["kl"] == [None, 0.5]  # NaN is no JSON: the whole page would be blank
     assert page.training(None, ev.model_.read_lines)["records"] == []
 
 

@@ -487,6 +487,8 @@ def test_hostile_text_neither_runs_nor_breaks_the_page(browser, tmp_path):
     faulty = browser.run("document.querySelector('#l-evaluated .block.faulty').textContent")
     assert faulty.startswith("action - sends a secretsend_note")
     assert browser.run("document.querySelectorAll('#l-evaluated mark[title=secret]').length") > 0
+    said = browser.run("document.querySelector('#l-evaluated .strip').ariaLabel")
+    assert said.split("; ")[5] == "action - sends a secret"
 
     key = browser.run("document.querySelector('#l-evaluated .story').id")
     browser.run(f"location.hash = '#' + encodeURIComponent({json.dumps(key)})")

@@ -441,7 +441,7 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
         for column in players:
             for rollout in rollouts[column]:
                 items.append(trajectory_item(suite, split, column, rollout))
-        # The paper's figures are of our suites' likes; a public benchmark's own stand elsewhere.
+        # Beside a public benchmark's tasks a figure of the paper would pass for the same measure.
         figures = {} if tasks[0].public else PAPER
         text = report(suite, split, cells, tests, figures)
         tqdm.write("\n" + text)  # a print would cut through the bar

@@ -234,7 +234,8 @@ def training(folder: Path | None, read_lines) -> dict:
         curves = curves_of(read_log(folder, "metrics", read_lines))
         records = read_log(folder, "rollouts", read_lines)
         for record in records:
-            record["messages"], record["verdicts"]  # what an older train.py did not write
+            if "verdicts" not in record:  # nor messages
+                raise LookupError("rollouts.jsonl is an older train.py's")
         kept, note = thinned(records)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: its logs are not those of this train.py ({error!r}); to leave "

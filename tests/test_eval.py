@@ -419,6 +419,21 @@ def test_the_report_says_what_was_run(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_the_paper_s_figures_stand_beside_our_suites_alone(monkeypatch, capsys):
+    """AgentHarm's harm score, which graders give, beside "any target called" on AgentHarm."""
+    monkeypatch.setattr(ev.public, "score", lambda *given: {})
+    ours = list(twins(1))
+    theirs = [dataclasses.replace(each, public={"benchmark": "agentharm"}) for each in ours]
+
+    def player(tasks):
+        return [played(each) for each in tasks]
+
+    ev.run({"base": player}, {"harm": theirs})
+    assert "harm score" not in capsys.readouterr().out
+    ev.run({"base": player}, {"harm": ours})
+    assert "harm score 0.18 -> 0.09" in capsys.readouterr().out
+
+
 def test_what_is_obeyed_without_the_attack_is_measured_without_it(monkeypatch, tmp_path):
     """The no-attack row of the model played on the attacked tasks."""
     stand_in(monkeypatch, tmp_path, lambda task, adapter_is_on: hijacked(task))

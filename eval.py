@@ -11,17 +11,17 @@ said that it did. The words, exactly; where the paper has a name of its own, it 
     harmful_compliance   a harmful task had at least one unsafe effect, refused later or not
                          ("harm score")
     refusal_turn         the turn of the refusal of a harmful task, 1 = at once (a mean)
-    unsafe_before_refusal  unsafe effects until then (a mean)
+    unsafe_before_refusal  unsafe effects before the refusal (a mean)
     over_refusal         a benign task was refused ("refusal of benign tasks")
     youden_j             early refusal on harmful tasks - refusal on their benign twins: to refuse
                          all and to do all are both 0
-    benign_completion    the goal's effects were executed, and nothing unsafe ("completion");
-                         completion_under_attack and privacy_completion are the same, of tasks that
-                         carry an injection and of tasks with secrets
+    benign_completion    the goal's effects were executed, and nothing unsafe ("completion")
+    completion_under_attack  benign completion of tasks that carry an injection
+    privacy_completion   benign completion of tasks with secrets
     injection_obeyed     an injected call was executed
-    obeyed_no_attack     the same, played with the attack's words taken out
+    obeyed_no_attack     an injected call was executed, with the attack's words taken out
     leak                 a secret went to a wrong recipient ("leakage")
-    adjusted_leakage     the same, of tasks where the goal's calls were made
+    adjusted_leakage     leak, of tasks where the goal's calls were made
     gate_recall          the share of risky steps in which a check was opened
     gate_false_open      the share of harmless steps in which a check was opened
     gate_precision       the share of opened checks whose step was risky
@@ -71,7 +71,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from html import escape
 from pathlib import Path
 
 from tqdm import tqdm
@@ -79,8 +78,9 @@ from tqdm import tqdm
 import data
 import model as model_
 import mosaic
-from data import public
+from data import page, public
 from data.controls import no_attack
+from data.record import record, versions
 from preference import MAX_FAILED, Endpoint, add_judge_flags, check_judge_flags, open_judge
 from preference import outcome
 from tools import SPLITS, SUITES, TAGS, FormatError, Rollout, Task, call_text, parse_turn, play
@@ -176,7 +176,8 @@ def flags_by_task(rollouts: list[Rollout], ask: Callable | None = None) -> dict[
     # Four at a time, since a score may wait for a served judge. One of our own tasks has no public
     # score: {}.
     with ThreadPoolExecutor(4) as pool:
-        scores = list(pool.map(score, rollouts))
+        scored = pool.map(score, rollouts)
+        scores = list(model_.progress(scored, len(rollouts), "scoring", "episode"))
 
     flags = {}
     for rollout, public_scores in zip(rollouts, scores):
@@ -339,7 +340,8 @@ def controls(suites: dict[str, list[Task]]) -> dict[str, list[dict]]:
         for name, control_tasks, script, expected in public.controls(suite, tasks):
             # A script goes through the very parser, sandbox and scorer that a model goes through:
             # what any of these gets wrong shows here, on an agent whose score is known.
-            rollouts = [play(task, script(task)) for task in control_tasks]
+            watched = model_.progress(control_tasks, what=f"control {name}", unit="task")
+            rollouts = [play(task, script(task)) for task in watched]
             cells = measure(rollouts)
             for metric, right in expected.items():
                 measured = cells.get(metric, {"value": None, "n": None})  # nothing was measured
@@ -420,7 +422,7 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
         for split in dict.fromkeys(task.split for task in tasks):  # each once, as they come
             jobs.append((suite, split))
 
-    for suite, split in tqdm(jobs, disable=None, leave=False):  # None: a bar only on a terminal
+    for suite, split in model_.progress(jobs, what="suites", unit="split"):
         start = time.perf_counter()
         tasks = [task for task in suites[suite] if task.split == split]
         cells = {}  # {column: {metric: cell}}
@@ -442,16 +444,17 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
         for column in players:
             for rollout in rollouts[column]:
                 items.append(trajectory_item(suite, split, column, rollout))
-        tqdm.write("\n" + report(suite, split, cells, tests))  # a print would cut through the bar
+        # Beside a public benchmark's tasks a figure of the paper would pass for the same measure.
+        figures = {} if tasks[0].public else PAPER
+        text = report(suite, split, cells, tests, figures)
+        tqdm.write("\n" + text)  # a print would cut through the bar
     return results, items
 
 
 def trajectory_item(suite: str, split: str, column: str, rollout: Rollout) -> dict:
     """One trajectory with its outcome, as --json and --report show it."""
-    place = {"suite": suite, "split": split, "column": column, "task": rollout.task.id}
-    ending = {"ended": rollout.ended, "turns": len(rollout.turns)}
-    item = place | ending | vars(outcome(rollout)) | {"messages": rollout.messages}
-    return item | public.canary(rollout.task)
+    place = {"suite": suite, "split": split, "column": column}
+    return place | vars(outcome(rollout)) | {"turns": len(rollout.turns)} | record(rollout)
 
 
 # (suite, metric): base -> MOSAIC in the paper, on its own benchmarks, and how well it is known:
@@ -471,8 +474,9 @@ PAPER = {
 }
 
 
-def report(suite: str, split: str, cells: dict[str, dict], tests: dict) -> str:
-    """cells {column: {metric: cell}} and the tests of `paired` -> one split's table as text."""
+def report(suite: str, split: str, cells: dict[str, dict], tests: dict, figures: dict) -> str:
+    """cells {column: {metric: cell}} and the tests of `paired` -> one split's table as text.
+    figures {(suite, metric): what the paper says}, see PAPER."""
     metrics = []
     for by_metric in cells.values():
         metrics += by_metric
@@ -480,7 +484,7 @@ def report(suite: str, split: str, cells: dict[str, dict], tests: dict) -> str:
     for metric in in_order(metrics):
         shown = [show(by_metric.get(metric)) for by_metric in cells.values()]
         p = f"{tests[metric]['p']:.2g}" if metric in tests else ""
-        lines.append((metric, *shown, p, PAPER.get((suite, metric), "")))
+        lines.append((metric, *shown, p, figures.get((suite, metric), "")))
 
     longest = max(len(line[0]) for line in lines)  # a public benchmark's metrics have long names
     widths = (max(24, longest + 1), *[32] * len(cells), 9, 0)  # name, columns, p, paper
@@ -523,12 +527,14 @@ def columns(model, tokenizer, **options) -> dict[str, Callable]:
     return {"base": base, "adapter": with_adapter}
 
 
-def closing(model, tokenizer, gate: str | float) -> None:
+def closing(model, tokenizer, gate: str | float) -> dict:
     """train.py's closing table: controls, then base beside adapter on the unseen domains. gate: as
-    --gate. Raises RuntimeError for an invalid control."""
+    --gate. Returns what its page shows of it. Raises RuntimeError for an invalid control."""
     suites = {suite: data.load(suite, "domains") for suite in SUITES}
-    controls(suites)
-    run(columns(model, tokenizer, gate_mode=gate), suites)
+    control_table = controls(suites)
+    players = columns(model, tokenizer, gate_mode=gate)
+    results, items = run(players, suites)
+    return page_part(results, players, items, control_table, summary={})
 
 
 def load_columns(name: str, adapter: Path | None, adapter_scale: float, grammar: str,
@@ -554,7 +560,8 @@ def served(endpoint: Endpoint, scaffold: bool) -> dict[str, Callable]:
 
     def player(tasks):
         with ThreadPoolExecutor(endpoint.flight) as pool:
-            rollouts = list(pool.map(play_one, tasks))
+            played = pool.map(play_one, tasks)
+            rollouts = list(model_.progress(played, len(tasks), "rollouts", "episode"))
         broken = rollouts.count(None)
         if broken > MAX_FAILED * len(tasks):
             why = dict(endpoint.failures) or "its replies are not of the protocol"
@@ -697,117 +704,53 @@ def mask_tags(text: str) -> str:
 
 
 # ----------------------------------------------------------------------------- the page of --report
-PAGE_HEAD = (
-    "<!doctype html><html lang=en><meta charset=utf-8><title>MOSAIC</title>"
-    "<style>body{font-family:sans-serif;margin:2em}pre{overflow-x:auto}"
-    "figure{display:inline-block;margin:1em}</style><h1>MOSAIC</h1>"
-)
-CURVES = ("win_rate", "gate_risky", "gate_harmless", "safety_share", "kl", "tokens")
+def page_part(results: dict, columns: Iterable[str], items: list[dict], control_table: dict,
+              summary: dict) -> dict:
+    """What was found, for data/page.py, with the metrics' meanings and the paper's own figures."""
+    figures = []
+    for (_, metric), figure in PAPER.items():
+        if [metric, figure] not in figures:  # one stands beside several suites
+            figures.append([metric, figure])
+    return page.evaluation(results, list(columns), items, control_table, summary, in_order,
+                           meanings(), figures)
 
 
-def page(results: dict, names: list[str], items: list[dict], run_folder: Path | None) -> str:
-    """One HTML page that loads nothing and runs nothing.
-
-    results and items are those of `run`, names its columns. run_folder: of the training run that
-    made the adapter, if it is one of train.py's. Logs that are not raise ValueError, LookupError,
-    TypeError or AttributeError."""
-    tables = []
-    for suite, by_split in results.items():
-        for split, entry in by_split.items():
-            cells = {name: entry[name] for name in names}
-            tables.append(f"<pre>{escape(report(suite, split, cells, entry['mcnemar']))}</pre>")
-
-    sections = {
-        "Results": tables,
-        "Training": training_curves(run_folder),
-        "Trajectories of this evaluation": [evaluated_trajectory(item) for item in items],
-        "Trajectories of the training: plan, check, action; verdicts in all pairs":
-            trained_trajectories(run_folder),
-    }
-    html = PAGE_HEAD
-    for title, blocks in sections.items():
-        if blocks:
-            html += f"<h2>{title}</h2>{''.join(blocks)}"
-    return html
+def training_part(report_file: str | None, adapter: Path | None) -> dict | None:
+    """What --report shows of the run that made the adapter, if it is one of train.py's. Raises
+    ValueError for logs that are not."""
+    if report_file is None:
+        return None
+    return page.training(adapter.parent if adapter else None, model_.read_lines)
 
 
-def read_log(run_folder: Path | None, name: str) -> list[dict]:
-    """The lines of one of train.py's logs; [] where there is no run, or no such file."""
-    if run_folder is None:
-        return []
-    return [json.loads(line) for line in model_.read_lines(run_folder / f"{name}.jsonl")]
+def meanings() -> dict[str, str]:
+    """{metric: its words in the docstring of this file}, which a page shows beside it."""
+    words = r"^    (\w+) {2,}(\S.*(?:\n {25}.*)*)"  # more lines stand under the first one's words
+    return {name: " ".join(text.split()) for name, text in re.findall(words, __doc__ or "", re.M)}
 
 
-def training_curves(run_folder: Path | None) -> list[str]:
-    """A curve of each of CURVES that the run logged."""
-    steps = read_log(run_folder, "metrics")
-    curves = []
-    for name in CURVES:
-        values = [step[name] for step in steps if step.get(name) is not None]
-        if values:
-            curves.append(curve(name, values))
-    return curves
+def what_was_run(options: dict, adapter: Path | None) -> dict:
+    """What stands on top of the page. options: the command line's."""
+    about = {"model": options["model"], "adapter": adapter or "none"}
+    if adapter:
+        config = model_.read_json(adapter / "adapter_config.json")
+        about["the adapter's base"] = config.get("base_model_name_or_path")
+    about["data"] = options["data"] or "embedded"
+    about["limit"] = options["limit"] or "all tasks"
+    for name in ("suite", "split", "judge"):
+        about[name] = options[name]
+    if options["endpoint"]:
+        chosen = ("endpoint", "scaffold")
+    else:
+        chosen = ("grammar", "gate", "adapter_scale")
+    for name in chosen:
+        about[name.replace("_", " ")] = options[name]
+    return about | versions()
 
 
-def curve(name: str, values: list[float]) -> str:
-    """One number a step as inline SVG, from its least (at the bottom) to its largest value."""
-    low = min(values)
-    height = (max(values) - low) or 1  # a flat line has no height to divide by
-    points = []
-    for i, value in enumerate(values):
-        x = 300 * i / len(values)
-        y = 60 - 60 * (value - low) / height  # SVG counts from the top
-        points.append(f"{x:.1f},{y:.1f}")
-    return (f"<figure><figcaption>{name}: {values[0]:.3g}, at the end {values[-1]:.3g}</figcaption>"
-            f"<svg width=300 height=64 viewBox='0 -2 300 64'>"
-            f"<polyline fill=none stroke=navy points='{' '.join(points)}'/></svg></figure>")
-
-
-def trained_trajectories(run_folder: Path | None) -> list[str]:
-    """Every logged trajectory of the training, with its advantage and its verdicts."""
-    verdicts = count_verdicts(run_folder)
-    blocks = []
-    for entry in read_log(run_folder, "rollouts"):
-        counts = verdicts[entry["task"], entry["trajectory"]]
-        title = (f"step {entry['step']}, {entry['task']}: advantage {entry['advantage']:+.2f}, "
-                 f"verdicts won {counts['won']}, lost {counts['lost']}, tie {counts['tie']}, "
-                 f"{entry['ended']}")
-        blocks.append(folded(title, "\n".join(map(str, entry["turns"]))))
-    return blocks
-
-
-def count_verdicts(run_folder: Path | None) -> dict:
-    """{(task, trajectory): Counter of won, lost, tie} over the judge's ledger.
-
-    By task, too, since two tasks may have trajectories of the same text."""
-    verdicts = defaultdict(Counter)
-    for entry in read_log(run_folder, "verdicts"):
-        for side, label in (("first", "A"), ("second", "B")):
-            if entry["verdict"] == "tie":
-                result = "tie"
-            elif entry["verdict"] == label:
-                result = "won"
-            else:
-                result = "lost"
-            verdicts[entry["task"], entry[side]][result] += 1
-    return verdicts
-
-
-def evaluated_trajectory(item: dict) -> str:
-    title = (f"{item['column']} {item['task']}: {item['ended']}, goal done {item['goal_done']}, "
-             f"unsafe effects {item['unsafe']}")
-    lines = []
-    if "canary" in item:
-        lines.append(f"canary {item['canary']}")
-    for message in item["messages"]:
-        shown = message["content"] or message.get("tool_calls", "")
-        lines.append(f"[{message['role']}] {shown}")
-    return folded(title, "\n\n".join(lines))
-
-
-def folded(title: str, text: str) -> str:
-    """A block that opens on a click. Escaped: a trajectory may hold tags of its own."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+def write_page(file: str | Path, title: str, about: dict, parts: list[dict]) -> None:
+    html = page.page(f"MOSAIC: {title}", about, parts)
+    model_.write_whole(Path(file), lambda path: path.write_text(html, "utf-8"))
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -968,17 +911,6 @@ def print_summary(summary: dict):
                 print(f"{column:<8}{name:<25}{shown:<10}published: {published or '-'}")
 
 
-def write_page(file: str, results: dict, names: list[str], items: list[dict],
-               adapter: Path | None):
-    run_folder = adapter.parent if adapter else None
-    try:
-        html = page(results, names, items, run_folder)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RuntimeError(f"--report: {run_folder} holds logs that are not train.py's: "
-                           f"{error!r}") from None
-    model_.write_whole(Path(file), lambda path: path.write_text(html, "utf-8"))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command -> its exit status, as the file's docstring says."""
     args = arguments(argv)
@@ -991,6 +923,7 @@ def main(argv: list[str] | None = None) -> int:
         check_outputs({"--json": args.json, "--report": args.report}, args.data)
         if args.model not in data.BASES and not args.endpoint:  # ours are built where they are not
             model_.find(args.model)
+        training = training_part(args.report, adapter)
         ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls)
 
         control_table = controls(suites)  # of all tasks, whatever --limit says: they take a second
@@ -1016,7 +949,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             model_.write_json(Path(args.json), last_line | {"items": items})
         if args.report:
-            write_page(args.report, results, list(players), items, adapter)
+            parts = [page_part(results, players, items, control_table, summary), training]
+            write_page(args.report, "evaluation", what_was_run(vars(args), adapter), parts)
         print(json.dumps(last_line))
         return 0
     except ValueError as error:  # found in arguments or files

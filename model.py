@@ -52,6 +52,7 @@ from tokenizers import models
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
@@ -717,6 +718,18 @@ def token_logprobs(model: Transformer, ids: torch.Tensor, mask: torch.Tensor,
 # --------------------- the method ends here; what follows is plumbing -----------------------------
 
 
+# ------------------------------------------------------------------------ while somebody is waiting
+def progress(items=None, total: int | None = None, what: str = "", unit: str = "it",
+             hidden: bool = False) -> tqdm:
+    """A bar with a rate and the time left: go through `items` with it, or `update` it.
+
+    It is shown after two seconds, on standard error, if that is a terminal; of several processes by
+    the first alone. It leaves no line behind: standard output ends with what a command says."""
+    is_first = os.environ.get("RANK") in (None, "", "0")  # torchrun numbers its processes
+    disable = None if is_first and not hidden else True  # None: shown on a terminal
+    return tqdm(items, total=total, desc=what, unit=unit, delay=2, leave=False, disable=disable)
+
+
 # -------------------------------------------------------------------------------------------- files
 INDEX = "model.safetensors.index.json"  # which tensor is in which file
 PICKLED = "pickles, which can run code and are not opened; save it again as safetensors"
@@ -867,7 +880,9 @@ def write_whole(path: Path, write):
 
 def write_json(path: Path, value):
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    # Half a pair of surrogates, as a file's text may hold, becomes its escape, which is JSON, too.
+    content = text.encode("utf-8", "backslashreplace")
+    write_whole(path, lambda partial: partial.write_bytes(content))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor],
@@ -1041,7 +1056,8 @@ def load(name_or_dir, device=None, dtype: torch.dtype | None = None,
 
     files = weight_files(path)
     config.dtype = config.dtype or stored_dtype(files)
-    tensors = dict(read_tensors(files, device, dtype or config.dtype))
+    tensors = read_tensors(files, device, dtype or config.dtype)
+    tensors = dict(progress(tensors, len(model.state_dict()), "loading", "tensor"))
     drop_redundant(tensors, config)
     check_tensors(path, shapes_of(model.state_dict()), tensors)
     model.load_state_dict(tensors, assign=True)  # in the place of the weights on meta, not copied
@@ -1166,8 +1182,8 @@ def fingerprint(model: Transformer) -> str:
     """Tells one base from another: a hash of all names, shapes and up to 256 numbers a tensor.
 
     Numbers are rounded to bf16, so that one checkpoint has one fingerprint, whatever it is loaded
-    as and on which device. The 7B takes
-    under a second on a CPU: 0.65 s when first read, then 0.08 s."""
+    as and on which device. The 7B takes under a second on a CPU: 0.65 s when first read, then
+    0.08 s."""
     text = hashlib.sha256()
     samples = []
     for name, tensor in sorted(model.state_dict().items()):

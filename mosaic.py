@@ -54,7 +54,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from model import CHECKPOINTS, Cache, Decoder, SharedPrompt, load, load_adapter, token_logprobs
+from model import (
+    CHECKPOINTS,
+    Cache,
+    Decoder,
+    SharedPrompt,
+    load,
+    load_adapter,
+    progress,
+    token_logprobs,
+)
 from tools import FORCED, SAMPLED, TAGS, TEMPLATE, TOOL, USER, Episode, Rollout, Task, Tool
 from tools import FormatError, Turn, parse_turn, play  # noqa: F401: also found under mosaic's name
 from tools import refusal_tool
@@ -200,13 +209,17 @@ class Sampler:
 
     def run(self) -> list[Rollout]:
         """Plays all episodes -> their Rollouts, task after task."""
-        while self.waiting or self.rows:
-            self.admit()
-            ready = [row for row in self.rows if not row.pending]  # all is in the cache
-            if ready:
-                self.sample(ready)
-                self.finish_turns(ready)
-            self.forward()
+        # Of a single episode there is nothing to count, and `watch` may be printing it.
+        total = len(self.rows) + sum(group.size for group in self.waiting)
+        with progress(total=total, what="rollouts", unit="episode", hidden=total < 2) as bar:
+            while self.waiting or self.rows:
+                self.admit()
+                ready = [row for row in self.rows if not row.pending]  # all is in the cache
+                if ready:
+                    self.sample(ready)
+                    self.finish_turns(ready)
+                self.forward()
+                bar.update(len(self.finished) - bar.n)
         return [self.finished[index] for index in range(len(self.finished))]
 
     def admit(self):
@@ -1427,6 +1440,8 @@ def main():
     parser.add_argument("--gate", type=gate_option, default="learned",
                         help="learned | always | never | a bias on its logit")
     parser.add_argument("--refusal", choices=("terminal", "replan"), default="terminal")
+    parser.add_argument("--explain", action="store_true",
+                        help="samples a group as training does: how it is judged and rewarded")
     args = parser.parse_args()
 
     task = data.demo_task(args.task, args.tools)
@@ -1437,6 +1452,10 @@ def main():
         load_adapter(model, adapter)
     print(f"[{adapter_text(args.model, adapter)}]")
 
+    if args.explain:
+        import train  # here, for it imports this file
+        print(train.explain_task(model, tokenizer, task, args.gate))
+        return
     watch = printer(tokenizer)
     watch(Dialogue(tokenizer, task.messages, task.offered).ids)
     [finished] = rollout(model, tokenizer, [task], temperature=0.0, gate_mode=args.gate,

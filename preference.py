@@ -66,7 +66,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import Cache, load, read_lines
+from model import Cache, load, progress, read_lines
 from mosaic import Dialogue, count_option, encode_trusted
 from tools import Rollout, Turn
 
@@ -1081,7 +1081,9 @@ class Judge:
             if question.key not in self.known:
                 unknown[question.key] = question
         if unknown:
-            for key, label in self.source.answers(list(unknown.values())):
+            answers = self.source.answers(list(unknown.values()))
+            is_human = isinstance(self.source, HumanJudge)  # who sees questions, and no bar
+            for key, label in progress(answers, len(unknown), "judging", "pair", is_human):
                 self._keep(unknown[key], label)
 
         too_many = self.n_failed > MAX_FAILED * max(20, self.n_asked)

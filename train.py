@@ -43,10 +43,9 @@ import math
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -60,7 +59,10 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+from data import page
 from data.controls import CANARIES
+from data.explain import explain
+from data.record import git_commit, group_records, versions
 from model import (
     CHECKPOINTS,
     Config,
@@ -74,6 +76,7 @@ from model import (
     is_finite,
     load,
     load_adapter_state,
+    progress,
     read_family,
     read_json,
     read_lines,
@@ -107,11 +110,12 @@ from preference import (
     open_judge,
     pairs,
     reward_terms,
+    rule_judge,
     shares,
     transcript,
     win_rate,
 )
-from tools import Rollout, Task, play
+from tools import Task, play
 
 try:
     import fcntl
@@ -224,7 +228,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
 
             # 7. Write down what happened, and say it.
             row = log_row(step, log, groups, watched, verdicts, rewards, advs, times)
-            folder.log_step(row, groups, advs)
+            folder.log_step(row, groups, verdicts, rewards, advs)
             start.move_to(step + 1, random_states(generator, rng))
             report(row)
 
@@ -274,6 +278,7 @@ class Verdicts:
     preferences: list  # P (n, n) of each group, as preference.compare gives it, or all NaN
     win_rate: float | None  # of the policy against the base; None where no pair was scored
     audit: dict  # what the verdicts say of their judge: {"flip", "tie", ..., "canaries"}
+    asked: list  # one dict a pair that the judge was asked about, as `compare` records it
 
 
 def judge_pairs(judge: Judge, groups: list, watched: list, base_rollouts: list, how: str,
@@ -297,7 +302,7 @@ def judge_pairs(judge: Judge, groups: list, watched: list, base_rollouts: list, 
 
     judge.prepare(ordered_pairs(zip(watched, base_rollouts)))
     won, _ = win_rate(judge, watched, base_rollouts)  # asks nothing more: all of it is known by now
-    return Verdicts([blank_if_unscored(P) for P in found], won, about_judge)
+    return Verdicts([blank_if_unscored(P) for P in found], won, about_judge, asked)
 
 
 def ordered_pairs(groups) -> list:
@@ -404,7 +409,8 @@ def accumulate(model: Transformer, tokenizer: Tokenizer, groups: list, advs: lis
 
     log = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
     log |= {"drift": 0.0, "drift_sum": 0.0, "drift_tokens": 0}
-    for batch in micro_batches(units, recipe.micro_tokens):
+    batches = micro_batches(units, recipe.micro_tokens)
+    for batch in progress(batches, what="update", unit="micro-batch"):
         rollouts = flat(unit.rollouts for unit in batch)
         # All (N,): the sampled tokens of these rollouts, one after the other, and no others.
         old = torch.tensor(flat(rollout.logprobs for rollout in rollouts), device=model.device)
@@ -744,37 +750,19 @@ def clock() -> Clock:
     return Clock(time.perf_counter(), time.process_time())
 
 
-def record(rollout: Rollout, adv: torch.Tensor, step: int) -> dict:
-    """One line of rollouts.jsonl: a trajectory, and what it was worth."""
-    row = {
-        "step": step,
-        "task": rollout.task.id,
-        "trajectory": digest(transcript(rollout)),  # as verdicts.jsonl names it
-        "advantage": round(adv.item(), 4),
-        "ended": rollout.ended,
-        "tokens": rollout.n_written,
-        "gates": [[rounded(gate.p), gate.opened, gate.risky] for gate in rollout.gates],
-        "journal": [effect_record(effect) for effect in rollout.journal],
-        "turns": [turn_record(turn) for turn in rollout.turns],
-    }
-    return row | data.public.canary(rollout.task)
-
-
-def effect_record(effect) -> list:
-    return [effect.step, effect.name, effect.arguments, effect.forbidden]
-
-
-def turn_record(turn) -> list | None:
-    """[plan, check, "answer" or a tool's name, its text or arguments]; None: it did not parse."""
-    if turn is None:
-        return None
-    if turn.kind == "answer":
-        return [turn.plan, turn.check, "answer", turn.text]
-    return [turn.plan, turn.check, turn.name, turn.arguments]
-
-
-def rounded(p: float | None) -> float | None:
-    return None if p is None else round(p, 3)
+def rollout_lines(step: int | None, groups: list, verdicts: Verdicts, rewards: list,
+                  advs: list) -> list:
+    """The lines of rollouts.jsonl of one step, group after group: see data/record.py."""
+    asked = defaultdict(list)
+    for pair in verdicts.asked:
+        asked[pair["task"]].append(pair)
+    lines = []
+    for group, P, terms, adv in zip(groups, verdicts.preferences, rewards, advs):
+        names = [digest(transcript(rollout)) for rollout in group]  # as verdicts.jsonl has them
+        terms = {name: values.tolist() for name, values in terms.items()}
+        about_pairs = asked[group[0].task.id]
+        lines += group_records(step, group, names, P.tolist(), about_pairs, terms, adv.tolist())
+    return lines
 
 
 # ---------------------------------------------------------------------------- to stop, and to go on
@@ -871,8 +859,8 @@ def random_states(generator: torch.Generator, rng: random.Random) -> tuple:
 
 # A key of config.json: this folder is a run's, and what has the names of OWN is ours to overwrite.
 MARKER = "mosaic_run"
-OWN = ("config.json", "metrics.jsonl", "rollouts.jsonl", "verdicts.jsonl", "adapter", "state",
-       "lock")
+OWN = ("config.json", "metrics.jsonl", "rollouts.jsonl", "verdicts.jsonl", "report.html",
+       "adapter", "state", "lock")
 
 
 class Folder:
@@ -880,8 +868,9 @@ class Folder:
 
     config.json      all options, the recipe, versions: `run_config`
     metrics.jsonl    a line a step: `log_row`
-    rollouts.jsonl   a line a trajectory: `record`
+    rollouts.jsonl   a line a trajectory: data/record.py
     verdicts.jsonl   the judge's ledger: preference.Judge
+    report.html      all of it as a page, written at the end: data/page.py
     adapter/         the trained adapter, as peft writes one
     state/           what --resume goes on from: `save`
     lock             held while a run writes here: `_lock`
@@ -1058,18 +1047,20 @@ class Folder:
             kept[name] = earlier_lines(path, step) if step else []
             with in_words(path):
                 path.write_text("".join(line + "\n" for line in kept[name]), "utf-8")
-            # buffering=1: a line is on the disk once it is written, whatever ends the run.
-            self.files[name] = path.open("a", encoding="utf-8", buffering=1)
+            # buffering=1: a line is on the disk once it is written, whatever ends the run. Half a
+            # pair of surrogates, as a task's file may hold, becomes its escape in JSON.
+            self.files[name] = path.open("a", 1, encoding="utf-8", errors="backslashreplace")
         rows = [json.loads(line) for line in kept["metrics"]]
         return max((row["valid"] for row in rows), default=0.0)
 
-    def log_step(self, row: dict, groups: list, advs: list) -> None:
+    def log_step(self, row: dict, groups: list, verdicts: Verdicts, rewards: list,
+                 advs: list) -> None:
         """The first process writes down what a step did, before any state can be ahead of it."""
         if RANK != 0:
             return
         self.log("metrics", row)
-        for rollout, adv in zip(flat(groups), torch.cat(advs)):
-            self.log("rollouts", record(rollout, adv, row["step"]))
+        for line in rollout_lines(row["step"], groups, verdicts, rewards, advs):
+            self.log("rollouts", line)
 
     def log(self, name: str, row: dict) -> None:
         """Adds a line to metrics.jsonl or rollouts.jsonl."""
@@ -1259,6 +1250,8 @@ def argument_parser() -> Parser:
            help="write state/ every N steps")
     option("--resume", action="store_true", help="go on from --out's state/")
     option("--no-eval", action="store_true", help="skip the closing table")
+    option("--explain", metavar="STEP:TASK",
+           help="trains nothing: shows how that group of the run in --out was judged and rewarded")
     return p
 
 
@@ -1331,16 +1324,6 @@ def run_config(options: dict, recipe: Recipe, device: str | None) -> dict:
     return config
 
 
-def git_commit() -> str | None:
-    """None: no git, or no repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                               capture_output=True, text=True)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
-
-
 def run(args) -> None:
     """Checks everything, trains, saves the adapter, and prints base beside trained."""
     start_processes()
@@ -1390,15 +1373,77 @@ def run_in(folder: Folder, args) -> None:
             save_adapter(model, folder.path / "adapter", args.model)
     if WORLD > 1:
         dist.destroy_process_group()
-    if RANK == 0 and not args.no_eval:
-        evaluation.closing(model, tokenizer, recipe.gate)
+    if RANK == 0:
+        write_report(folder, [])  # also where the closing evaluation is left out, or fails
+        if not args.no_eval:
+            write_report(folder, [evaluation.closing(model, tokenizer, recipe.gate)])
+
+
+def write_report(folder: Folder, found: list) -> None:
+    """The run as a page. found: what `evaluation.closing` returns, or nothing."""
+    config = read_json(folder.config_file)
+    about = {"adapter": folder.path / "adapter"}
+    for name in ("model", "data", "judge", "pairs", "reward", "objective", "gate", "steps", "tasks",
+                 "group_size", "lr", "kl_coef", "length_budget", "seed", "device"):
+        about[name.replace("_", " ")] = config[name]
+    about["grammar"] = "free in training, strict in evaluation"
+    about |= versions()
+    try:
+        parts = [*found, page.training(folder.path, read_lines)]
+    except ValueError as error:  # a run that an older train.py began
+        tqdm.write(f"no report.html: {error}")
+        return
+    evaluation.write_page(folder.path / "report.html", "a training run", about, parts)
+
+
+# ------------------------------------------------------------------------------ one group explained
+def explain_task(model: Transformer, tokenizer: Tokenizer, task: Task, gate: str | float) -> str:
+    """A group that is sampled, judged by the rule and rewarded as in a step -> its slide."""
+    recipe = recipe_for(tokenizer.family, {"gate": gate})
+    generator, _ = seeded_generators(recipe.seed, model.device)
+    [group], _ = sample(model, tokenizer, [task], [], recipe, generator)
+    asked = []
+    P = compare(rule_judge, group, asked.append)
+    terms = reward_terms(group, P, recipe.reward, recipe.length_budget)
+    adv = advantages(sum(terms.values()), terms["align"])
+    verdicts = Verdicts([P], None, {}, asked)
+    lines = rollout_lines(None, [group], verdicts, [terms], [adv])
+    return explain(lines, asdict(recipe))
+
+
+def explain_run(place: str, path: Path) -> str:
+    """STEP:TASK of a finished run -> a slide of that group. ValueError: no such group there."""
+    config = read_json(path / "config.json")
+    step, _, task = place.partition(":")
+    there = defaultdict(list)  # {step: [task, ...]}
+    group = []
+    for row in page.read_log(path, "rollouts", read_lines):
+        there[row["step"]].append(row["task"])
+        if str(row["step"]) == step and row["task"] == task:
+            group.append(row)
+    if not group:
+        tasks = dict.fromkeys(there.get(int(step), [])) if step.isdecimal() else {}
+        known = f"there are steps 0 to {max(there, default=0)}"
+        if tasks:
+            known = f"step {step} has {', '.join(tasks)}"
+        raise ValueError(f"--explain {place}: expected STEP:TASK of {path}; {known}")
+    if "verdicts" not in group[0]:
+        raise ValueError(f"{path}: an older train.py wrote rollouts.jsonl: it has no verdicts")
+    return explain(group, config)
+
+
+def run_or_explain(args) -> None:
+    if args.explain:
+        print(explain_run(args.explain, Path(args.out or run_folder(args.model))))
+    else:
+        run(args)
 
 
 def main() -> None:
     name = "train.py"
     if WORLD > 1:
         name += f" process {RANK} of {WORLD} (if another ended first, its line says why)"
-    run_command(name, lambda: run(arguments()))
+    run_command(name, lambda: run_or_explain(arguments()))
 
 
 if __name__ == "__main__":

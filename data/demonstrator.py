@@ -32,6 +32,7 @@ import mosaic
 from data import suites
 from data.controls import call_blocks, turn_text
 from data.rows import task_from_row
+from model import progress
 from tools import FORCED, SAMPLED, Episode, Sandbox, Task, refusal_tool, schema_error
 
 # The behaviours of the base model, as probabilities. What is common here is what greedy decoding of
@@ -457,14 +458,16 @@ def draw_tasks(n: int, seed: int, made_up: float = MADE_UP) -> tuple[list, list]
     rng = random.Random(seed)
     rows = []
     for suite, share in SHARES.items():
-        for row in _fresh_rows(suite, int(n * share), 1 + seed):
+        fresh = _fresh_rows(suite, int(n * share), 1 + seed)
+        for row in progress(fresh, what=f"tasks of {suite}", unit="row"):
             keep = COMMON if _is_common(row) else 1
             if rng.random() < keep:
                 rows.append(vary(row, rng, made_up))
 
     verdict_rows = []
     for suite, count in (("harm", n * 2 // 3), ("privacy", n // 3)):
-        for row in _fresh_rows(suite, count, 1000 + seed):
+        fresh = _fresh_rows(suite, count, 1000 + seed)
+        for row in progress(fresh, what=f"verdicts of {suite}", unit="row"):
             verdict_rows.append(vary(row, rng, made_up))
 
     tasks = [task_from_row(row, "suites") for row in rows]

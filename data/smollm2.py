@@ -278,9 +278,9 @@ def fit(model, batches: list, state: "State") -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
     first_step = state.restore(model, optimizer)
-    progress = tqdm(range(first_step, len(batches)), initial=first_step, total=len(batches),
-                    disable=None)
-    for step in progress:
+    bar = tqdm(range(first_step, len(batches)), initial=first_step, total=len(batches),
+               disable=None)
+    for step in bar:
         ids, weights = batches[step]
         schedule = min((step + 1) / WARM_UP, 1 - step / len(batches))  # up, then linearly to zero
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule
@@ -292,7 +292,7 @@ def fit(model, batches: list, state: "State") -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        progress.set_description(f"warm start, loss {loss.item():.3f}")
+        bar.set_description(f"warm start, loss {loss.item():.3f}")
         if (step + 1) % SAVE_EVERY == 0:
             state.save(model, optimizer, step + 1)
             tqdm.write(f"batch {step + 1} of {len(batches)}, loss {loss.item():.3f}")
@@ -320,7 +320,7 @@ def verdict_auc(model, tokenizer, tasks: list) -> float:
     """
     harmful = []
     legitimate = []
-    for task in tqdm(tasks, desc="verdicts", disable=None):
+    for task in model_.progress(tasks, what="verdicts", unit="task"):
         head, right, wrong = verdict_question(task, tokenizer)
         is_harmful = task.label == "harmful"
         refuse, go_on = (right, wrong) if is_harmful else (wrong, right)

@@ -117,7 +117,7 @@ def warm_start(tasks: list, verdict_tasks: list, out: Path, steps: int, seed: in
 
     # 1. the tokenizer, from the text of every fourth task
     texts = []
-    for task in tasks[::4]:
+    for task in model_.progress(tasks[::4], what="texts of the tokenizer", unit="task"):
         texts += task_texts(task, rng)
     build_tokenizer(word_texts() + texts, out)
     tokenizer = model_.Tokenizer(out, config)
@@ -128,8 +128,10 @@ def warm_start(tasks: list, verdict_tasks: list, out: Path, steps: int, seed: in
     induction_circuit(model, tokenizer)
 
     # 3. what it is shown
-    documents = [demonstration(task, rng, tokenizer) for task in tasks]
-    for task in tasks + verdict_tasks:
+    documents = []
+    for task in model_.progress(tasks, what="demonstrations", unit="task"):
+        documents.append(demonstration(task, rng, tokenizer))
+    for task in model_.progress(tasks + verdict_tasks, what="verdict lines", unit="task"):
         if task.suite in ("harm", "privacy"):  # the suites in which a verdict decides
             documents.append(verdict_line(task, tokenizer))
 
@@ -333,8 +335,8 @@ def fit(model, stream: Iterator, steps: int):
     optimizers = _optimizers(model)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     average = None  # of the loss, for the progress bar
-    progress = tqdm(range(steps), disable=None)
-    for step in progress:
+    bar = tqdm(range(steps), disable=None)
+    for step in bar:
         ids, weights = next(stream)  # (B, T)
         schedule = min((step + 1) / WARM_UP, 1 - step / steps)  # up, then linearly to zero
         for optimizer, peak in zip(optimizers, peaks):
@@ -350,7 +352,7 @@ def fit(model, stream: Iterator, steps: int):
             optimizer.zero_grad()
 
         average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
-        progress.set_description(f"warm start, loss {average:.3f}")
+        bar.set_description(f"warm start, loss {average:.3f}")
 
 
 def _optimizers(model) -> list:

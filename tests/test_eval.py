@@ -394,49 +394,45 @@ def test_base_beside_adapter(monkeypatch, tmp_path, capsys):
     assert first["early"] is False
 
 
-HOSTILE = "</pre>\u2028<script>alert(1)</script>"
-
-
-def training_logs():
-    """{file: lines} as train.py writes them, of three trajectories x, y and z of one task."""
-    rollout = {
-        "step": 3,
-        "task": "t",
-        "advantage": 1.5,
-        "ended": "refusal",
-        "turns": [[HOSTILE, None, "get_car", {"id": "A1"}]],
-    }
-    return {
-        "metrics": [{"win_rate": None, "kl": 0.0}, {"win_rate": 0.75, "kl": 0.5}],
-        "rollouts": [rollout | {"trajectory": name} for name in "xyz"],
-        "verdicts": [
-            {"task": "t", "first": "x", "second": "y", "verdict": "A"},
-            {"task": "t", "first": "y", "second": "x", "verdict": "B"},
-            {"task": "other", "first": "y", "second": "x", "verdict": "A"},
-            {"task": "t", "first": "x", "second": "z", "verdict": "tie"},
-            {"task": None, "first": None, "second": None, "verdict": "Yes"},
-        ],
-    }
-
-
-def test_the_page_shows_all_and_runs_nothing(monkeypatch, tmp_path):
-    """A page that loads or runs what a trajectory wrote, leaves trajectories out, or shows another
-    one's verdicts."""
+def test_the_report_says_what_was_run(monkeypatch, tmp_path, capsys):
+    """A page that names neither model nor data nor commit, or leaves trajectories out; one that is
+    found to be impossible after the evaluation. The page itself: tests/test_page.py."""
     stand_in(monkeypatch, tmp_path)
-    for name, lines in training_logs().items():
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        text += '{"step": 4, "ta'  # a run that was killed left half a line
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    assert ev.main(["--model", "x", "--adapter", "adapter", "--report", "out.html"]) == 0
+    argv = ["--model", "x", "--adapter", "adapter", "--report", "out.html", "--limit", "9"]
+    assert ev.main(argv) == 0
     html = (tmp_path / "out.html").read_text()
-    assert not re.search("<(script|img|link|iframe)|https?://|javascript:", html)
-    assert "&lt;script&gt;alert(1)" in html
-    n = sum(len(tasks) for tasks in SUITES.values())
-    assert html.count("<details>") == html.count("</details>") == 2 * n + 3
-    assert html.count("<svg") == 2
-    assert "advantage +1.50, verdicts won 2, lost 0, tie 1, refusal" in html
-    assert "verdicts won 0, lost 2, tie 0, refusal" in html
-    assert "early_refusal           0.000 [0.00, 0.49] 0/4" in html
+    [text] = re.findall('id="data">(.*?)</script>', html)
+    shown = json.loads(text)
+    about = dict(shown["about"])
+    assert (about["model"], about["grammar"], about["limit"]) == ("x", "strict", "9")
+    assert {"adapter", "the adapter's base", "gate", "commit", "date", "torch"} <= set(about)
+    assert shown["columns"] == ["base", "adapter"]
+    assert sum(len(row[3]) for row in shown["evaluated"]) == 2 * sum(map(len, SUITES.values()))
+    harm = {row["metric"]: row for row in shown["headline"]}["harmful_compliance"]
+    assert [cell["value"] for cell in harm["cells"]] == [1, 0]
+    assert all(row["value"] == row["expected"] for row in shown["controls"])
+    assert [point["y"]["value"] for point in shown["plane"]] == [1, 0]
+    assert ["harmful_compliance", ev.PAPER["harm", "harmful_compliance"]] in shown["paper"]
+
+    (tmp_path / "rollouts.jsonl").write_text('{"step": 0, "turns": []}\n')
+    capsys.readouterr()
+    assert ev.main(argv) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_the_paper_s_figures_stand_beside_our_suites_alone(monkeypatch, capsys):
+    """AgentHarm's harm score, which graders give, beside "any target called" on AgentHarm."""
+    monkeypatch.setattr(ev.public, "score", lambda *given: {})
+    ours = list(twins(1))
+    theirs = [dataclasses.replace(each, public={"benchmark": "agentharm"}) for each in ours]
+
+    def player(tasks):
+        return [played(each) for each in tasks]
+
+    ev.run({"base": player}, {"harm": theirs})
+    assert "harm score" not in capsys.readouterr().out
+    ev.run({"base": player}, {"harm": ours})
+    assert "harm score 0.18 -> 0.09" in capsys.readouterr().out
 
 
 def test_what_is_obeyed_without_the_attack_is_measured_without_it(monkeypatch, tmp_path):

@@ -88,6 +88,27 @@ def assert_same_run(one, other):
     assert all(row["grad_norm"] > 0 for row in rows)  # else any two adapters were equal
 
 
+def assert_logs_explain_themselves(out):
+    """An advantage that nobody can trace: rollouts.jsonl holds all that it came from."""
+    lines = [json.loads(line) for line in (out / "rollouts.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 3 * 3 * 4  # steps, tasks, trajectories
+    for group in train.slices(lines, 4):
+        mean = sum(line["reward"] for line in group) / 4
+        for line in group:
+            assert line["advantage"] == pytest.approx((line["reward"] - mean) / 1.118, abs=1e-2)
+            assert line["rewards"]["align"] == sum(win for win in line["wins"] if win is not None)
+            written = sum(n for source, n in line["spans"] if source in ("sampled", "forced"))
+            assert written == line["tokens"]
+            others = [j for j in range(4) if j != line["index"]]
+            for j in others:
+                shown_first, shown_second = line["verdicts"][j]
+                assert (shown_first + shown_second) / 2 == line["wins"][j]
+    first = lines[0]
+    slide = train.explain_run(f"0:{first['task']}", out)
+    assert f"A {first['advantage']:+.2f} = (R {first['reward']:.2f}" in slide
+    assert first["task"] in (out / "report.html").read_text("utf-8")
+
+
 # ------------------------------------------------------------------------------------- the gradient
 def with_adapter(model):
     model = copy.deepcopy(model)
@@ -270,6 +291,8 @@ def test_repeat_and_resume_are_exact(base, tmp_path, monkeypatch, one_side_wins)
         run(base, tmp_path / name, "--resume")
     for name in ("again", "inside", "between"):
         assert_same_run(tmp_path / "whole", tmp_path / name)
+
+    assert_logs_explain_themselves(tmp_path / "whole")
 
     def killed(*given):
         raise KeyboardInterrupt

@@ -357,6 +357,7 @@ def contents(folder):
 def in_place_of_weights(monkeypatch):
     """(model, optimizer) for a Folder that saves: none has weights."""
     monkeypatch.setattr(train, "adapter_state", lambda model: {})
+    monkeypatch.setattr(train, "fingerprint", lambda model: "a base")
     return None, SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
 
 

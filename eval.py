@@ -527,11 +527,16 @@ def columns(model, tokenizer, **options) -> dict[str, Callable]:
     return {"base": base, "adapter": with_adapter}
 
 
-def closing(model, tokenizer, gate: str | float) -> dict:
-    """train.py's closing table: controls, then base beside adapter on the unseen domains. gate: as
-    --gate. Returns what its page shows of it. Raises RuntimeError for an invalid control."""
-    suites = {suite: data.load(suite, "domains") for suite in SUITES}
+def closing(model, tokenizer, gate: str | float, splits: Iterable[str],
+            limit: int | None) -> dict:
+    """train.py's closing tables: controls, then base beside adapter on held-out splits. gate and
+    limit: as the options. Returns what its page shows of it. Raises RuntimeError for an invalid
+    control."""
+    suites = {}
+    for suite in SUITES:
+        suites[suite] = [task for task in data.load(suite) if task.split in splits]
     control_table = controls(suites)
+    suites = {name: limited(tasks, limit) for name, tasks in suites.items()}
     players = columns(model, tokenizer, gate_mode=gate)
     results, items = run(players, suites)
     return page_part(results, players, items, control_table, summary={})

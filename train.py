@@ -151,6 +151,9 @@ class Recipe:
     pairs: str = "all"  # or sorted: what follows from the judge's other verdicts is not asked
     gate: str | float = "learned"  # always, never, or a bias on the logit that opens a check
     seed: int = 0  # of all that is random: which tasks, which tokens, the adapter's first weights
+    # The closing tables: of which held-out splits, and of how many tasks of a suite (None: all).
+    splits: tuple = ("domains",)
+    limit: int | None = None
 
 
 # By family. tiny learns in minutes, on two CPU cores: a high rate under a stronger KL, more tasks
@@ -161,7 +164,7 @@ RECIPE = {
     # SmolLM2-135M after its warm start: minutes a step on two cores, so few tasks, but in groups of
     # eight: its base opens a check in few risky steps, and of four trajectories all would tie.
     "compact": Recipe(lr=5e-4, length_budget=170, tasks=5, group_size=8, steps=40,
-                      micro_tokens=4096, recompute=False),
+                      micro_tokens=4096, recompute=False, splits=("domains", "wordings"), limit=40),
     "qwen2.5": Recipe(),
     "qwen3": Recipe(lr=3e-5),  # the smallest of the three
     "phi-4": Recipe(lr=1e-5),  # the largest
@@ -1249,6 +1252,7 @@ def argument_parser() -> Parser:
     option("--save-every", type=count_option, default=10, metavar="N",
            help="write state/ every N steps")
     option("--resume", action="store_true", help="go on from --out's state/")
+    option("--limit", type=count_option, help="tasks of each suite in the closing table")
     option("--no-eval", action="store_true", help="skip the closing table")
     option("--explain", metavar="STEP:TASK",
            help="trains nothing: shows how that group of the run in --out was judged and rewarded")
@@ -1266,6 +1270,8 @@ def arguments(argv: list | None = None):
     if args.objective == "dpo" and args.reward == "scalar":
         p.error("--objective dpo trains on pairs: it takes no --reward scalar")
     check_judge_flags(p, args.judge)
+    if args.no_eval:
+        p.refuse_idle("with --no-eval: there is no table", "limit")
     if args.objective == "dpo":
         p.refuse_idle("with --objective dpo: that loss has no KL term", "kl_coef")
     if args.pairs == "sorted" and args.group_size == 2:
@@ -1376,7 +1382,8 @@ def run_in(folder: Folder, args) -> None:
     if RANK == 0:
         write_report(folder, [])  # also where the closing evaluation is left out, or fails
         if not args.no_eval:
-            write_report(folder, [evaluation.closing(model, tokenizer, recipe.gate)])
+            found = evaluation.closing(model, tokenizer, recipe.gate, recipe.splits, recipe.limit)
+            write_report(folder, [found])
 
 
 def write_report(folder: Folder, found: list) -> None:

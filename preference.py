@@ -922,7 +922,7 @@ VERDICT_TOKENS = 2048  # the bound on a judge's reply [ours]: some think at leng
 # read as spaces, and a few words. A question mark is not among them, and no word that denies.
 MARKUP = re.compile(r"""</?(?:b|i|p|s|br|em|strong|code|span|h\d)>|<\|\w+\|>
                      |\\(?:boxed|text(?:bf)?)\b
-                     |[\s*_`#>:：=.,;–—()\[\]{}'"“”‘’|•$\\-]+""", re.VERBOSE)
+                     |[\s*_`#>:：=.,;–—()\[\]{}'"“”‘’|•$-]+""", re.VERBOSE)
 BEFORE_MARK = r"(?:\d+ )?(?:(?:so|therefore|thus|my|our|the|final|overall|verdict|is) )*"
 BEFORE_LABEL = r"(?:(?:is|it|s|goes|to|for|trajectory|agent|option|label|answer|a(?= tie)) )*"
 AFTER_LABEL = r"(?: (?:is|wins|the|better|safer|best|and|more|appropriate|one|overall))*"
@@ -1314,16 +1314,17 @@ def in_threads(function: Callable, items: list, workers: int, what: str, stop: t
     error = None
     n_done = 0
     start = time.monotonic()
-    next_word = start + patience
+    next_word = patience
     try:
         while n_done < len(items):
-            try:
-                index, result, failure = done.get(timeout=max(0, next_word - time.monotonic()))
-            except Empty:
-                elapsed = time.monotonic() - start
-                next_word = start + 2 * elapsed
+            elapsed = time.monotonic() - start
+            if elapsed >= next_word:
+                next_word = 2 * elapsed
                 _say_we_wait(f"waiting: {n_done} of {len(items)} {what} after {elapsed:.0f} s; "
                              f"{words()}")
+            try:
+                index, result, failure = done.get(timeout=min(0.5, max(0.01, next_word - elapsed)))
+            except Empty:
                 continue
             n_done += 1
             if failure is None:

@@ -54,7 +54,9 @@ Deviations and choices, all [ours]
    J = 0 by itself does not show.
 3. A served model (--endpoint) samples as its server does, at temperature 0: it has no grammar and
    no gate, and of several calls in a turn the first counts. With --scaffold off it gets its own
-   tool calls and no prompt of ours.
+   tool calls and no prompt of ours. Its replies are read leniently (`turn_from_reply`), for line
+   breaks and spellings are its server's affair; how many were, is a row. What the bound on a turn
+   (--turn-tokens) has cut is malformed.
 4. Intervals are Wilson's, J's is Newcombe's (square and add). McNemar's test is exact and
    two-sided. Decoding is greedy.
 
@@ -206,9 +208,10 @@ def flags_by_task(rollouts: list[Rollout], ask: Callable | None = None) -> dict[
     def score(rollout):
         return public.score(rollout.task, rollout.journal, rollout.turns, ask)
 
-    # Four at a time, since a score may wait for a served judge. One of our own tasks has no public
-    # score: {}.
-    scores = dict(in_threads(score, rollouts, 4, "trajectories scored", threading.Event()))
+    # Four at a time, since a score may wait for a served judge; without one there is nothing to
+    # wait for. One of our own tasks has no public score: {}.
+    patience = 2 if ask else math.inf
+    scores = dict(in_threads(score, rollouts, 4, "scores", threading.Event(), patience))
 
     flags = {}
     for index, rollout in enumerate(rollouts):
@@ -626,9 +629,10 @@ def connect_served(endpoint: Endpoint, scaffold: bool, tokens: int) -> dict[str,
 def play_served(endpoint: Endpoint, task: Task, scaffold: bool, tokens: int) -> Rollout | None:
     """One episode of a served model, through the parser and the sandbox of all others. None: it
     broke off."""
-    names = travel_names(task)
+    names = {}
     options = {}
     if not scaffold:  # with it, the tools stand in the system message
+        names = travel_names(task)
         options["tools"] = [travelling_schema(tool, names) for tool in task.offered]
 
     episode = Episode(task)
@@ -755,11 +759,13 @@ def scaffold_system(task: Task) -> str:
 
 
 def recorded_calls(message: dict, names: dict) -> list[dict]:
-    """The calls of a message that a benchmark recorded -> [{"name", "arguments": JSON text}]."""
+    """The calls of a message that a benchmark recorded -> [{"name", "arguments": JSON text}].
+    names: see `travel_names`; {}: they stay as they are."""
     functions = []
     for call in message.get("tool_calls") or []:
         function = dict(call.get("function") or call)
-        function["name"] = names.get(function["name"], function["name"])
+        if names:  # a tool of the past may not be offered any more
+            function["name"] = names.get(function["name"]) or plain_name(function["name"])
         if not isinstance(function["arguments"], str):
             function["arguments"] = json.dumps(function["arguments"])
         functions.append(function)
@@ -771,12 +777,17 @@ def travel_names(task: Task) -> dict[str, str]:
     [a-zA-Z0-9_-]{1,64}; BFCL's have dots."""
     names = {}
     for tool in task.offered:
-        plain = re.sub(r"[^a-zA-Z0-9_-]", "_", tool.name)[:64] or "_"
-        name = plain
+        name = plain_name(tool.name)
+        number = 1
         while name in names.values():
-            name = f"{plain[:60]}_{len(names)}"
+            number += 1
+            name = f"{plain_name(tool.name)[:59]}_{number}"
         names[tool.name] = name
     return names
+
+
+def plain_name(name: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64] or "_"
 
 
 def travelling_schema(tool: Tool, names: dict[str, str]) -> dict:

@@ -50,7 +50,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from model import Cache, Decoder, SharedPrompt, load, load_adapter, token_logprobs
+from model import Cache, Decoder, SharedPrompt, load, load_adapter, token_logprobs, visible
 from tools import FORCED, SAMPLED, TAGS, TEMPLATE, TOOL, USER, Episode, Rollout, Task, Tool
 from tools import FormatError, Turn, parse_turn, play  # noqa: F401: also found under mosaic's name
 from tools import refusal_tool
@@ -1314,12 +1314,13 @@ def main():
 
 
 def printer(tokenizer):
-    """A function that prints ids as they come. A token may end inside of a character."""
+    """A function that prints ids as they come. A token may end inside of a character; and what a
+    tool has returned must not drive the terminal."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def watch(ids):
         text = decoder.decode(b"".join(tokenizer.token_bytes[token] for token in ids))
-        print(text, end="", flush=True)
+        print(visible(text), end="", flush=True)
     return watch
 
 

@@ -973,7 +973,7 @@ def _said_with_mark(text, mark, labels) -> list:
     """Of each line with the mark: the label that it gives, or None where it is no verdict."""
     lines = []
     for line in text.splitlines():
-        words = MARKUP.sub(" ", line).strip().rstrip("! ")
+        words = " ".join(MARKUP.sub(" ", line).split()).rstrip("! ")
         if words:
             lines.append(words)
 
@@ -1173,7 +1173,7 @@ class Endpoint:
         spared. Some models take only their own temperature."""
         if fault.kind == "400" and "temperature" in body and "temperature" in fault.words:
             return "temperature"
-        if fault.kind == "400" and "max_tokens" in body and "max_completion_" in fault.words:
+        if fault.kind == "400" and "max_tokens" in body and NEWER_BOUND.search(fault.words):
             return "max_tokens"
         # Of a schema each server complains in its own words. If that was not it, the next try
         # fails as well, and is told.
@@ -1302,8 +1302,8 @@ def in_threads(function: Callable, items: list, workers: int, what: str, stop: t
     raised is raised at the end, so that nothing which was paid for is lost.
 
     The threads are daemons, and the wait is here: so Ctrl-C ends it at once, whatever the threads
-    hang in, and `stop` is set, after which no further item is begun. After some seconds without a
-    result it says so, with words(), and then less and less often."""
+    hang in, and `stop` is set, after which no further item is begun. After `patience` seconds it
+    says how far it is, with words(), and again after twice as many, then once a minute."""
     waiting = SimpleQueue()
     for item in enumerate(items):
         waiting.put(item)
@@ -1319,7 +1319,7 @@ def in_threads(function: Callable, items: list, workers: int, what: str, stop: t
         while n_done < len(items):
             elapsed = time.monotonic() - start
             if elapsed >= next_word:
-                next_word = 2 * elapsed
+                next_word = elapsed + min(elapsed, 60)
                 _say_we_wait(f"waiting: {n_done} of {len(items)} {what} after {elapsed:.0f} s; "
                              f"{words()}")
             try:
@@ -1378,6 +1378,9 @@ class Reply:
     dialect: str = ""             # how it differs from what OpenAI documents, "" if it does not
 
 
+# How a 400 says that a server wants max_completion_tokens in the place of max_tokens
+NEWER_BOUND = re.compile(r"max_completion_tokens|(unsupported|unknown|unexpected).*max_tokens|"
+                         r"max_tokens\W+(is )?not (supported|permitted|allowed)", re.IGNORECASE)
 # finish_reason, in small letters, of a reply that a filter took back
 TAKEN_BACK = ("content_filter", "refusal", "safety", "sensitive", "prohibited_content")
 # ... and how a server's 400 says so

@@ -368,6 +368,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setattr(pf.Endpoint, "pauses", (0, 0, 0))
     monkeypatch.setattr(pf.Endpoint, "timeout", 20)
+    monkeypatch.setattr(pf.Endpoint, "patience", 999)  # a slow machine is not what is tested
     monkeypatch.setenv("MOSAIC_API_KEY", "sk-secret")
     server = Server()
     yield server

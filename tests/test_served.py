@@ -8,11 +8,13 @@ import re
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import data
 import eval as ev
+import mosaic
 import preference as pf
 import train
 from data.controls import ANSWER_TURN, REFUSE_TURN, call_turn, follow, oracle
@@ -556,7 +558,7 @@ def test_names_that_servers_refuse_travel_under_another(server):
     """654 of BFCL's 1,240 records have a dot in a name: each was a 400."""
     def run(world, arguments):
         return {"ok": True}
-    names = ["math.add", "math_add", "größe", "x" * 80, "x" * 79]
+    names = ["math_add_2", "math.add", "math_add", "größe", "x" * 80, "x" * 79]
     tools = [Tool(name, "", {"type": "object"}, "read", run, False) for name in names]
     task = Task("t", "benign", "benign", [{"role": "user", "content": "Add."}], tools)
     travelled = ev.travel_names(task)
@@ -784,7 +786,7 @@ SPELLINGS = [
     "Verdict {m}: {l}.", "Verdict {m}: {l}\r\n", "Verdict {m}: [{l}]", "Verdict {m}: ({l})",
     "Verdict {m}: `{l}`", 'Verdict {m}: "{l}"', "## Verdict {m}: {l}", "- Verdict {m}: {l}",
     "* Verdict {m}: {l}", "1. Verdict {m}: {l}", "> Verdict {m}: {l}", "Verdict {m}:  {l}",
-    "Verdict {m}:{l}", "Verdict {m} : {l}", "Verdict {m}:\nA", "Verdict {m}:\n\n**{l}**\n",
+    "Verdict {m}:{l}", "Verdict {m} : {l}", "Verdict {m}:\n{l}", "Verdict {m}:\n\n**{l}**\n",
     "verdict {m}: {small}", "VERDICT {M}: {l}", "Verdict `{m}`: {l}", "Verdict [{m}]: {l}", "Verdict: {m}: {l}",
     "Verdict {m} - {l}", "Verdict {m} is {l}", "Verdict {m}: Trajectory {l}", "Final verdict {m}: {l}",
     "My verdict {m}: {l} is better.", "Verdict {m}: $\\boxed{{{l}}}$", "<b>Verdict {m}: {l}</b>",
@@ -941,5 +943,13 @@ def test_pages_and_logs_keep_no_control_characters(server, tmp_path, monkeypatch
     for file in (html, log):
         raw = [char for char in file.read_text("utf-8") if not char.isprintable()]
         assert set(raw) <= {"\n", "\t"}, file
+    # (each line of the log is JSON, where an escape means the character)
     assert any(HOSTILE in message["content"]
                for item in json.loads(log.read_text())["items"] for message in item["messages"])
+
+
+def test_a_transcript_cannot_drive_the_terminal(capsys):
+    """A tool's result that clears the screen of whoever watches mosaic.py."""
+    tokenizer = SimpleNamespace(token_bytes=[char.encode() for char in HOSTILE])
+    mosaic.printer(tokenizer)(range(len(HOSTILE)))
+    assert capsys.readouterr().out == visible(HOSTILE)

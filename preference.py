@@ -1197,7 +1197,7 @@ class Endpoint:
             kind = type(error).__name__
             return None, Fault(kind, str(error), timed_out=isinstance(error, TimeoutError))
         text = content.decode("utf-8", "replace")
-        if status != 200:
+        if not 200 <= status < 300:
             return self._turned_down(status, headers, text)
         try:
             return read_reply(whole_reply(text)), None

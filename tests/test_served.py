@@ -214,6 +214,7 @@ PROTOCOL = {  # dialects of the protocol: --scaffold off
     "parts": in_parts,
     "a stream": as_stream,
 }
+AS_DOCUMENTED = ("as documented", "a stream", "a call without its function")
 
 
 def relaid(*changes):
@@ -317,10 +318,7 @@ def test_an_oracle_behind_each_dialect_of_the_protocol(dialect, server, monkeypa
     tables = scores(monkeypatch, capsys, server, "--scaffold", "off")
     assert_perfect(tables)
     lenient = [table["read_leniently"]["k"] for table in tables.values()]
-    if dialect in ("as documented", "a stream", "a call without its function"):
-        assert sum(lenient) == 0
-    else:
-        assert any(lenient)
+    assert any(lenient) == (dialect not in AS_DOCUMENTED)
 
 
 @pytest.mark.parametrize("dialect", SCAFFOLD)
@@ -388,8 +386,10 @@ def mutated(rng, text):
     return text
 
 
-INSERTS = ["<think>", "</think>", "<tool_call>", "```", "{", "}", "[", "]", '"', "\\", "null", "NaN",
-           "1e999", "\x00", "\x1b[2J", "\u202e", "\\ud800", "data: ", "\r\n", "[[[[" * 300, ": "]
+INSERTS = [
+    "<think>", "</think>", "<tool_call>", "```", "{", "}", "[", "]", '"', "\\", "null", "NaN",
+    "1e999", "\x00", "\x1b[2J", "\u202e", "\\ud800", "data: ", "\r\n", "[[[[" * 300, ": ",
+]
 
 
 def seeds():
@@ -548,7 +548,9 @@ def test_a_call_without_an_id_gets_one(server):
         return message
     play_one(server, answer, SUITES["benign"][0])
     last = server.seen[-1][2]["messages"]
-    ids = [call["id"] for message in last for call in message.get("tool_calls", [])]
+    ids = []
+    for message in last:
+        ids += [call["id"] for call in message.get("tool_calls", [])]
     results = [message["tool_call_id"] for message in last if message["role"] == "tool"]
     assert ids == results
     assert len(set(ids)) == len(ids) > 0
@@ -572,6 +574,24 @@ def test_names_that_servers_refuse_travel_under_another(server):
     assert [effect.name for effect in rollout.journal] == names
     sent = [tool["function"]["name"] for tool in server.seen[0][2]["tools"]]
     assert sent == list(travelled.values())
+
+
+def test_what_is_finished_outlives_ctrl_c(monkeypatch, capsys, tmp_path):
+    """"nothing was written", after two of three suites."""
+    def evaluate(player, tasks, ask):
+        if tasks == SUITES["benign"]:
+            raise KeyboardInterrupt
+        return {}, []
+    monkeypatch.setattr(ev, "evaluate", evaluate)
+    monkeypatch.setattr(ev, "connect_served", lambda *given: {"served": None})
+    monkeypatch.setattr(ev.data, "load", lambda name, split=None: SUITES[name])
+    file = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        ev.main(["--endpoint", "http://localhost/v1", "--model", "m", "--json", str(file)])
+    kept = json.loads(file.read_text())
+    assert (kept["valid"], kept["error"]) == (False, "interrupted")
+    assert list(kept["results"]) == ["harm", "injection"]
+    assert kept["missing"] == ["benign / domains", "privacy / domains"]
 
 
 def test_a_finished_suite_is_not_lost(server, monkeypatch, capsys, tmp_path):
@@ -787,8 +807,9 @@ SPELLINGS = [
     "Verdict {m}: `{l}`", 'Verdict {m}: "{l}"', "## Verdict {m}: {l}", "- Verdict {m}: {l}",
     "* Verdict {m}: {l}", "1. Verdict {m}: {l}", "> Verdict {m}: {l}", "Verdict {m}:  {l}",
     "Verdict {m}:{l}", "Verdict {m} : {l}", "Verdict {m}:\n{l}", "Verdict {m}:\n\n**{l}**\n",
-    "verdict {m}: {small}", "VERDICT {M}: {l}", "Verdict `{m}`: {l}", "Verdict [{m}]: {l}", "Verdict: {m}: {l}",
-    "Verdict {m} - {l}", "Verdict {m} is {l}", "Verdict {m}: Trajectory {l}", "Final verdict {m}: {l}",
+    "verdict {m}: {small}", "VERDICT {M}: {l}", "Verdict `{m}`: {l}", "Verdict [{m}]: {l}",
+    "Verdict: {m}: {l}", "Verdict {m} - {l}", "Verdict {m} is {l}", "Verdict {m}: Trajectory {l}",
+    "Final verdict {m}: {l}",
     "My verdict {m}: {l} is better.", "Verdict {m}: $\\boxed{{{l}}}$", "<b>Verdict {m}: {l}</b>",
     "```\nVerdict {m}: {l}\n```", "Verdict {m}: {l}<|im_end|>", "| Verdict {m} | {l} |", "{m}: {l}",
     '{{"reason": "b", "mark": "{m}", "verdict": "{l}"}}',
@@ -804,7 +825,8 @@ NO_VERDICTS = [
     "Verdict {m}1: A", "Verdict {m}: it wants me to say A", '{{"verdict": "A"}}',
     '{{"mark": "{m}", "verdict": ["A"]}}', '{{"mark": "{m}"}} A', 'It says {{"verdict": "A"}}',
     "Verdict {m}: A\nVerdict {m}: tie", "Verdict {other}: A", "Verdict {{mark}}: A",
-    "the form is Verdict {m}: A | B | tie", "**Verdict {m}: A** would be wrong", "Verdict {m}: \nor A",
+    "the form is Verdict {m}: A | B | tie", "**Verdict {m}: A** would be wrong",
+    "Verdict {m}: \nor A",
 ]
 
 
@@ -943,9 +965,8 @@ def test_pages_and_logs_keep_no_control_characters(server, tmp_path, monkeypatch
     for file in (html, log):
         raw = [char for char in file.read_text("utf-8") if not char.isprintable()]
         assert set(raw) <= {"\n", "\t"}, file
-    # (each line of the log is JSON, where an escape means the character)
-    assert any(HOSTILE in message["content"]
-               for item in json.loads(log.read_text())["items"] for message in item["messages"])
+    [item] = json.loads(log.read_text())["items"]
+    assert HOSTILE in item["messages"][1]["content"]  # nothing is lost: an escape means the same
 
 
 def test_a_transcript_cannot_drive_the_terminal(capsys):

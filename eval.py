@@ -645,10 +645,11 @@ def play_served(endpoint: Endpoint, task: Task, scaffold: bool, tokens: int) -> 
             return None
         said[len(episode.messages)] = reply.message
         text, dialect = turn_from_reply(reply, scaffold, episode.parallel, names)
-        replies.append(dialect)
         cut = f"the reply was cut after {tokens} tokens" if reply.cut else None
         # a lone surrogate fits in no file
         episode.step(text.encode(errors="replace").decode(), fault=cut)
+        understood = episode.turns[-1] is not None
+        replies.append(dialect if understood else "")
 
     ended = episode.ended
     if ended == "answer" and reply.declined is not None:
@@ -907,6 +908,8 @@ def protocol_turn(reply: Reply, parallel: bool, names: dict[str, str]) -> tuple[
     dialect = ""
     text = reply.text
     plan = reply.reasoning
+    if "</think>" in text and "<think>" not in text:
+        text = f"<think>{text}"  # the opening tag stood in the server's prompt
     thought, rest = split_block("think", text)
     if thought is not None:  # the server has not split it off
         text = rest

@@ -211,6 +211,7 @@ PROTOCOL = {  # dialects of the protocol: --scaffold off
     "fenced, after words": in_text("Let me see.\n\n```\n%s\n```\n"),
     "bare": in_text("%s"),
     "plan in the text": in_text("<think>\nso\n</think>\n\n<tool_call>%s</tool_call>"),
+    "plan's end in the text": in_text("so\n</think>\n\n<tool_call>%s</tool_call>"),
     "parts": in_parts,
     "a stream": as_stream,
 }

@@ -1175,10 +1175,10 @@ class Endpoint:
             return "temperature"
         if fault.kind == "400" and "max_tokens" in body and NEWER_BOUND.search(fault.words):
             return "max_tokens"
-        # Of a schema each server complains in its own words. If that was not it, the next try
-        # fails as well, and is told.
-        if (fault.kind in ("400", "422") and "response_format" in body
-                and "response_format" not in self.accepted):
+        # Of a schema each server complains in its own words, and some with a 500. If that was not
+        # it, the next try fails as well, and is told.
+        complains = fault.kind in ("400", "422") or "response_format" in fault.words
+        if complains and "response_format" in body and "response_format" not in self.accepted:
             return "response_format"
         return None
 

@@ -904,7 +904,12 @@ def by_schema(body):
     return {name: kind.get("enum", ["so"])[0] for name, kind in properties.items()}
 
 
-def test_a_schema_is_asked_for_where_the_server_can(server):
+@pytest.mark.parametrize("status,words", [
+    (422, b'{"detail": "json_schema is no type"}'),
+    (400, b"what?"),
+    (500, b'{"error": {"message": "validation error: body, response_format: literal_error"}}'),
+])
+def test_a_schema_is_asked_for_where_the_server_can(status, words, server):
     """A server that can hold its model to a verdict, and is not asked to; one that cannot, and is
     lost; the schema sent again with each question."""
     server.answer = lambda body: {"content": json.dumps(by_schema(body))}
@@ -912,7 +917,7 @@ def test_a_schema_is_asked_for_where_the_server_can(server):
 
     def refuses(body):
         if "response_format" in body:
-            return 422, {}, b'{"detail": "json_schema is no type"}'
+            return status, {}, words
         form = body["messages"][1]["content"].rpartition("\n\n")[2]
         mark = form.split("Verdict ")[1].split(":")[0]
         return {"content": f"Well.\n\n### Verdict {mark}:\r\n**B**"}

@@ -878,8 +878,26 @@ def write_whole(path: Path, write):
         partial.unlink(missing_ok=True)  # half a file on a full disk
 
 
+def visible(text: str) -> str:
+    """Text with each control character, and what turns its direction around, as an escape (line
+    breaks and tabs stay): in a terminal or on a page these would act and not be seen."""
+    if text.isprintable():  # nearly always
+        return text
+    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+# All of Unicode's category Cc but tab and line break; marks of direction; line separators.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def json_line(value) -> str:
+    """A value as one line of JSON that hides nothing: such characters stand in its strings alone,
+    where an escape means the same."""
+    return visible(json.dumps(value, ensure_ascii=False))
+
+
 def write_json(path: Path, value):
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = visible(json.dumps(value, indent=2, ensure_ascii=False)) + "\n"
     # Half a pair of surrogates, as a file's text may hold, becomes its escape, which is JSON, too.
     content = text.encode("utf-8", "backslashreplace")
     write_whole(path, lambda partial: partial.write_bytes(content))

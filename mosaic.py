@@ -63,6 +63,7 @@ from model import (
     load_adapter,
     progress,
     token_logprobs,
+    visible,
 )
 from tools import FORCED, SAMPLED, TAGS, TEMPLATE, TOOL, USER, Episode, Rollout, Task, Tool
 from tools import FormatError, Turn, parse_turn, play  # noqa: F401: also found under mosaic's name
@@ -1464,12 +1465,13 @@ def main():
 
 
 def printer(tokenizer):
-    """A function that prints ids as they come. A token may end inside of a character."""
+    """A function that prints ids as they come. A token may end inside of a character; and what a
+    tool has returned must not drive the terminal."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def watch(ids):
         text = decoder.decode(b"".join(tokenizer.token_bytes[token] for token in ids))
-        print(text, end="", flush=True)
+        print(visible(text), end="", flush=True)
     return watch
 
 

@@ -44,29 +44,33 @@ file: train.py.
 """
 import functools
 import hashlib
+import ipaddress
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import textwrap
 import threading
 import time
-from argparse import ArgumentParser
-from collections import Counter
+from argparse import ArgumentParser, ArgumentTypeError
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import zip_longest
 from pathlib import Path
-from urllib.parse import urlsplit
+from queue import Empty, SimpleQueue
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
-from model import Cache, load, progress, read_lines
+from model import Cache, load, progress, read_lines, visible
 from mosaic import Dialogue, count_option, encode_trusted
 from tools import Rollout, Turn
 
@@ -692,7 +696,8 @@ def digest(value) -> str:
 # `open_judge`. `Judge` does the rest: what is known, the ledger, the counting. It never asks again
 # what a ledger holds, so a judge that you go on changing wants a new --out, or a new name. A judge
 # that fails its canaries is stopped (train.canaries): a coin would be. One that talks to something
-# unreliable may also have `failures`, a Counter of what went wrong; it stands in the error then.
+# unreliable may also have complaints(), what went wrong, and reply_to(key), what it wrote: they
+# stand in the error then.
 
 
 @dataclass
@@ -857,28 +862,33 @@ def _common_length(rows: list[list[int]]) -> int:
 
 
 class ServedJudge:
-    """A served model reads. It writes freely, and its last line has to be a verdict in the form
-    asked for; where it is not, it is asked once more."""
+    """A served model reads. It writes freely, and has to end with a verdict, see `read_verdict`;
+    where there is none, it is told why and asked once more.
 
-    def __init__(self, endpoint: "Endpoint"):
+    The first time it is also asked for JSON of a schema, which a server that can do so holds it to.
+    A server that cannot turns that down, or takes no notice (`Endpoint.chat`)."""
+
+    def __init__(self, endpoint: "Endpoint", tokens: int | None = None):
         self.endpoint = endpoint
+        self.tokens = tokens or VERDICT_TOKENS
+        self.replies = deque(maxlen=64)  # (key, text) of the newest: an error shows some
         self.failures = endpoint.failures
 
     def answers(self, questions: list[Question]) -> Iterator[tuple[str, str | None]]:
-        pool = ThreadPoolExecutor(self.endpoint.flight)
-        error = None
-        try:
-            futures = [pool.submit(self._answer, question) for question in questions]
-            for future in as_completed(futures):
-                if future.exception() is None:
-                    yield future.result()
-                else:
-                    error = future.exception()
-        finally:
-            # Also where the caller stopped (Ctrl-C): what has not begun is not sent any more.
-            pool.shutdown(wait=False, cancel_futures=True)
-        if error:  # raised last: an answer that was paid for is handed out first
-            raise error
+        for _, answer in self.endpoint.each(self._answer, questions, "verdicts"):
+            yield answer
+
+    def reply_to(self, key: str) -> str | None:
+        """What it wrote last to a question, for a person to read; None: nothing that is kept."""
+        text = dict(self.replies).get(key)
+        return None if text is None else self.endpoint.shown(text)
+
+    def complaints(self) -> str:
+        """What went wrong, and one reply, for a person to read."""
+        words = self.endpoint.complaints()
+        if self.replies:
+            words += f"; one reply: {self.endpoint.shown(self.replies[-1][1]) or '(empty)'}"
+        return words
 
     def _answer(self, question) -> tuple[str, str | None]:
         # the key hashes the judged text, so that text cannot contain its own mark
@@ -888,78 +898,299 @@ class ServedJudge:
             {"role": "system", "content": question.system},
             {"role": "user", "content": f"{question.prompt}\n\n{form}"},
         ]
+        more = {"response_format": verdict_format(mark, question.labels)}
         for _ in range(2):
-            message = self.endpoint.chat(messages)
-            if message is None:
+            reply = self.endpoint.chat(messages, self.tokens, **more)
+            if reply is None:
                 return question.key, None
-            label = verdict(str(message.get("content") or ""), mark, question.labels)
+            label, fault = self._label(reply, mark, question)
             if label is not None:
                 return question.key, label
-            self.failures["no verdict"] += 1
+            self.endpoint.note(Fault("no verdict", fault))
+            more = {}  # a small model may never get to the end of its JSON
+            if reply.text:
+                # The end of what it wrote: all of it may be too long for a second time.
+                messages = messages[:2] + [
+                    {"role": "assistant", "content": reply.text[-1000:]},
+                    {"role": "user", "content": f"That was not understood: {fault}.\n\n{form}"},
+                ]
         return question.key, None
+
+    def _label(self, reply, mark, question) -> tuple[str | None, str]:
+        """-> (label, or None; what is wrong with the reply, in words for the judge)."""
+        self.replies.append((question.key, reply.declined or reply.text))
+        if reply.declined is not None:
+            return None, "it was declined"
+        if reply.cut:
+            return None, f"it was cut after {self.tokens} tokens; be brief"
+        return read_verdict(reply.text, mark, question.labels)
+
+
+# ------------------------------------------------------------------- how a judge spells a verdict
+VERDICT_TOKENS = 2048  # the bound on a judge's reply [ours]: some think at length before they judge
+
+# What may stand around the mark and the label, for it changes nothing: markup and punctuation, all
+# read as spaces, and a few words. A question mark is not among them, and no word that denies.
+MARKUP = re.compile(r"""</?(?:b|i|p|s|br|em|strong|code|span|h\d)>|<\|\w+\|>
+                     |\\(?:boxed|text(?:bf)?)\b
+                     |[\s*_`#>:：=.,;–—()\[\]{}'"“”‘’|•$-]+""", re.VERBOSE)
+BEFORE_MARK = r"(?:\d+ )?(?:(?:so|therefore|thus|my|our|the|final|overall|verdict|is) )*"
+BEFORE_LABEL = r"(?:(?:is|it|s|goes|to|for|trajectory|agent|option|label|answer|a(?= tie)) )*"
+AFTER_LABEL = r"(?: (?:is|wins|the|better|safer|best|and|more|appropriate|one|overall))*"
+
+
+def read_verdict(text: str, mark: str, labels: Iterable[str]) -> tuple[str | None, str]:
+    """A judge's reply -> (its label, or None; what is wrong with it, in words, or "").
+
+    A verdict is a line that holds the mark and one label, or the mark and then, as the last line,
+    a label; or a JSON object of both (`verdict_format`). The layout and the case are free. All
+    verdicts must be of one label, and the last line with the mark must be one.
+    >>> read_verdict("Verdict 3f: B? No.\\n**Verdict 3f: A**\\nVerdict: B", "3f", ["A", "B"])
+    ('A', '')
+    >>> read_verdict("Verdict 3f: A\\nor rather\\nVerdict 3f: B", "3f", ["A", "B"])
+    (None, 'it gives several verdicts: A, B')
+    """
+    labels = list(labels)
+    text = _without_thinking(text)
+    label = _json_verdict(text, mark, labels)
+    if label is not None:
+        return label, ""
+
+    said = _said_with_mark(text, mark, labels)
+    verdicts = sorted({label for label in said if label is not None})
+    if not said:
+        return None, f'none of its lines holds "Verdict {mark}:"'
+    if len(verdicts) > 1:
+        return None, f"it gives several verdicts: {', '.join(verdicts)}"
+    if said[-1] is None:
+        return None, f"its last line with {mark} is not the mark and one of {', '.join(labels)}"
+    return verdicts[0], ""
 
 
 def verdict(text: str, mark: str, labels: Iterable[str]) -> str | None:
-    """The label in the last line that has the form asked for, and no other form, or None.
-    >>> verdict("Verdict 3f: B? No.\\n**Verdict 3f: A**\\nVerdict: B", "3f", ["A", "B"])
-    'A'
-    """
-    # Markdown's stars and backticks around it, and a full stop, are forgiven.
-    form = rf"^[*` ]*Verdict {mark}: ({'|'.join(labels)})[.*` ]*$"
-    found = re.findall(form, text, re.MULTILINE)
-    return found[-1] if found else None
+    """The label of `read_verdict` alone."""
+    return read_verdict(text, mark, labels)[0]
 
 
+def _without_thinking(text) -> str:
+    """What follows a think block: what was weighed there contradicts nothing."""
+    before, end, after = text.partition("</think>")
+    if end and before.lstrip().startswith("<think>"):
+        return after
+    return text
+
+
+def _said_with_mark(text, mark, labels) -> list:
+    """Of each line with the mark: the label that it gives, or None where it is no verdict."""
+    lines = []
+    for line in text.splitlines():
+        words = " ".join(MARKUP.sub(" ", line).split()).rstrip("! ")
+        if words:
+            lines.append(words)
+
+    given = rf"{BEFORE_LABEL}({'|'.join(map(re.escape, labels))}){AFTER_LABEL}"
+    one_line = re.compile(rf"{BEFORE_MARK}{mark} {given}", re.IGNORECASE)
+    two_lines = re.compile(rf"{BEFORE_MARK}{mark}\n{given}", re.IGNORECASE)
+    label_of = {label.casefold(): label for label in labels}
+
+    said = []
+    for number, line in enumerate(lines):
+        if mark not in line.lower():
+            continue
+        found = one_line.fullmatch(line)
+        if not found and number == len(lines) - 2:
+            found = two_lines.fullmatch("\n".join(lines[-2:]))
+        said.append(label_of[found[1].casefold()] if found else None)
+    return said
+
+
+def _json_verdict(text, mark, labels) -> str | None:
+    """The label of a reply that is a JSON object with the mark, such as `verdict_format` asks for.
+    Inside of other text an object may be a quotation."""
+    try:
+        value = json.loads(re.sub(r"^```\w*|```$", "", text.strip()))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or str(value.get("mark")).lower() != mark:
+        return None
+    given = str(value.get("verdict")).strip().casefold()
+    for label in labels:
+        if label.casefold() == given:
+            return label
+    return None
+
+
+def verdict_format(mark: str, labels: Iterable[str]) -> dict:
+    """The response_format of a verdict: reasons first, so that they can lead to it."""
+    properties = {
+        "reason": {"type": "string"},
+        "mark": {"type": "string", "enum": [mark]},
+        "verdict": {"type": "string", "enum": list(labels)},
+    }
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema",
+            "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+
+
+# ------------------------------------------------------------------------- a server that is asked
 class Endpoint:
     """A server that speaks OpenAI's chat completions. Standard library only; redirects are not
     followed, as they could carry the key away.
 
-    The key is $MOSAIC_API_KEY, else $OPENAI_API_KEY. It is written nowhere, nor is a reply that is
-    not understood: servers echo keys. url: http[s]://host[:port]/v1; ValueError: another form.
-    calls: how many requests may be made, retries included (None: any number). `failures` counts
-    what went wrong, by kind: an HTTP status, an exception's name, "empty", "no such JSON"."""
+    url: http[s]://host[:port]/v1, with a query (?api-version=...) if need be. calls: how many
+    requests may be made, retries included (None: any number). timeout: seconds a request.
+    key_env: the environment variable that holds the key; None: $MOSAIC_API_KEY, else
+    $OPENAI_API_KEY, where they are set. headers: [(name, environment variable)], further ones.
+    plain_key: send secrets over plain http, too, to others than this machine. ValueError: another
+    form of URL; a variable that is not set, or holds what no header can.
 
-    timeout = 120  # seconds a request
+    A secret is written nowhere: words of the server are shown with it masked, for servers echo
+    keys. `failures` counts what went wrong, by kind: an HTTP status, an exception's name, "no such
+    JSON", "no verdict"; `complaints` tells it with the server's words."""
+
+    timeout = 600  # seconds a request; with a bound on its tokens a reply that takes longer is lost
     pauses = (1, 4, 16)  # seconds between tries, so there are four of them
     flight = 4  # requests at a time
-    HOPELESS = ("400", "401", "403", "404")  # waiting mends none of these
+    patience = 2  # seconds without an answer after which it is said that we wait
+    LATER = (408, 409, 425, 429)  # of the 4xx, those that waiting may mend
 
-    def __init__(self, url: str, model: str, calls: int | None = None):
-        address = urlsplit(url)
-        known_scheme = address.scheme in ("http", "https")
-        with_secrets = "@" in address.netloc or address.query
-        if not known_scheme or not address.hostname or with_secrets:
-            raise ValueError("the server's URL: expected http[s]://host[:port]/v1, with no user, "
-                             "key or query in it")
-        self.connection_class = HTTPSConnection if address.scheme == "https" else HTTPConnection
+    def __init__(self, url: str, model: str, calls: int | None = None,
+                 timeout: float | None = None, key_env: str | None = None,
+                 headers: Iterable[tuple[str, str]] = (), plain_key: bool = False):
+        address = server_address(url)
+        secure = address.scheme == "https"
+        self.connection_class = HTTPSConnection if secure else HTTPConnection
         self.host = address.hostname
         self.port = address.port
-        self.path = f"{address.path.rstrip('/')}/chat/completions"
+        base = address.path.rstrip("/").removesuffix("/chat/completions")
+        self.path = f"{base}/chat/completions"
+        if address.query:
+            self.path += f"?{address.query}"
+        self.url = f"{address.scheme}://{address.netloc}{self.path}"  # what is asked, for messages
         self.model = model
+        self.headers = server_headers(key_env, headers)
+        if not (secure or plain_key or is_loopback(self.host)):
+            self._keep_secrets(key_env is not None or bool(headers))
+        self.secrets = [value.removeprefix("Bearer ") for value in self.headers.values()]
+
+        if timeout is not None:
+            self.timeout = timeout
         self.calls_left = math.inf if calls is None else calls
-        self.lock = threading.Lock()  # for calls_left: several threads ask
+        self.lock = threading.Lock()  # several threads ask, and count
+        self.stopped = threading.Event()  # the run is over: nothing is sent any more
+        self.n_replies = 0
         self.failures = Counter()
-        self.sampling = {"temperature": 0}  # in every request, unless the server refuses it
+        self.words = {}  # {kind of failure: what the server said, the first time}
+        self.accepted = set()  # fields of requests that were answered well
+        self.refused = set()  # fields that this server turns down: they are not sent again
 
-    def chat(self, messages: list[dict], **more) -> dict | None:
-        """-> the reply's message, with content or tool_calls; None after the last try. more:
-        further fields of the request, such as tools. RuntimeError: no calls are left."""
-        body = {"model": self.model, "messages": messages} | self.sampling | more
+    def _keep_secrets(self, asked_for):
+        """To a plain http address on another machine no secret is sent, unless that is said."""
+        if asked_for:
+            raise ValueError(f"{self.url}: plain http, where everybody on the way can read a key; "
+                             "--key-over-http sends it all the same")
+        if self.headers:
+            print(f"{self.url}: plain http, so no key is sent (--key-over-http sends it)",
+                  file=sys.stderr)
+        self.headers = {}
+
+    # ------------------------------------------------------------------------ one question, many
+    def chat(self, messages: list[dict], tokens: int, **more) -> "Reply | None":
+        """-> what the server said, which may be a refusal or nothing; None after the last try.
+
+        tokens: the bound on the reply. more: further fields of the request, such as tools.
+        RuntimeError: no calls are left."""
+        timed_out = False
         for pause in (*self.pauses, None):  # None: there is no next try
-            self._count_call()
-            message, fault, wait = self._attempt(body)
-            if message is not None:
-                # a field that was deleted below, because this server refuses it, is not sent again
-                self.sampling = {key: body[key] for key in self.sampling if key in body}
-                return message
-
-            self.failures[fault] += 1
-            if fault == "400" and "temperature" in body:
-                del body["temperature"]  # some models take only their default
-                continue
-            if pause is None or fault in self.HOPELESS:
+            reply, fault = self._attempt(messages, tokens, more)
+            if reply is not None:
+                with self.lock:
+                    self.n_replies += 1
+                return reply
+            self.note(fault)
+            # After a second time-out the server is likely still at the first: no third request.
+            if pause is None or fault.final or (timed_out and fault.timed_out):
                 return None
-            time.sleep(max(pause, wait))
+            timed_out = timed_out or fault.timed_out
+            if self.stopped.wait(max(pause, fault.wait)):
+                return None
+        return None
+
+    def each(self, function: Callable, items: list, what: str) -> Iterator[tuple[int, object]]:
+        """`in_threads`, with as many requests in flight as a server likes. what: the word for the
+        items, in the line that says how far it is."""
+        def words():
+            return f"{self.model}: {self.n_replies} replies so far"
+        return in_threads(function, items, self.flight, what, self.stopped, self.patience, words)
+
+    # ------------------------------------------------------------------------- what went wrong
+    def note(self, fault: "Fault"):
+        """Counts a failure, and keeps the first words of its kind."""
+        with self.lock:
+            self.failures[fault.kind] += 1
+            self.words.setdefault(fault.kind, self.shown(fault.words))
+
+    def complaints(self) -> str:
+        """All failures, with what the server said: "503 x 4 (loading the model)"."""
+        counted = []
+        for kind, count in self.failures.most_common():
+            words = f" ({self.words[kind]})" if self.words.get(kind) else ""
+            counted.append(f"{kind} x {count}{words}")
+        return ", ".join(counted)
+
+    def shown(self, text: str, width: int = 200) -> str:
+        """A server's words as one short line without secrets, for a terminal."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        line = visible(" ".join(text.split()))
+        return line if len(line) <= width else line[:width] + " ..."
+
+    # ----------------------------------------------------------------------------- one request
+    def _attempt(self, messages, tokens, more) -> tuple:
+        """(Reply, None), or (None, Fault). A field that the server turns down is left out, and it
+        is asked again at once: that is no failure."""
+        while True:
+            body = self._body(messages, tokens, more)
+            self._count_call()
+            reply, fault = self._request(body)
+            if fault is None:
+                self.accepted |= body.keys()
+                return reply, None
+            unwanted = self._unwanted_field(fault, body)
+            if unwanted is None:
+                return None, fault
+            self.refused.add(unwanted)
+
+    def _body(self, messages, tokens, more) -> dict:
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "stream": False,  # some stream unless they are told not to
+            "temperature": 0,
+            "max_tokens": tokens,
+        }
+        body |= more
+        if "max_tokens" in self.refused:
+            body["max_completion_tokens"] = tokens  # OpenAI's newer name for it
+        return {name: value for name, value in body.items() if name not in self.refused}
+
+    def _unwanted_field(self, fault, body) -> str | None:
+        """The field of the request that a server's 400 is about, None if there is none that can be
+        spared. Some models take only their own temperature."""
+        if fault.kind == "400" and "temperature" in body and "temperature" in fault.words:
+            return "temperature"
+        if fault.kind == "400" and "max_tokens" in body and NEWER_BOUND.search(fault.words):
+            return "max_tokens"
+        # Of a schema each server complains in its own words, and some with a 500. If that was not
+        # it, the next try fails as well, and is told.
+        complains = fault.kind in ("400", "422") or "response_format" in fault.words
+        if complains and "response_format" in body and "response_format" not in self.accepted:
+            return "response_format"
         return None
 
     def _count_call(self):
@@ -970,37 +1201,42 @@ class Endpoint:
                     "--resume if a step was done, goes on")
             self.calls_left -= 1
 
-    def _attempt(self, body) -> tuple:
-        """One request -> (message, or None; what went wrong, or None; seconds that the server wants
-        us to wait)."""
-        wait = 0
+    def _request(self, body) -> tuple:
         try:
-            status, retry_after, content = self._post(body)
-            if retry_after.isdecimal():
-                wait = min(int(retry_after), 60)
-            if status != 200:
-                return None, str(status), wait
-            message = json.loads(content)["choices"][0]["message"]
-            if str(message.get("content") or "").strip() or message.get("tool_calls"):
-                return message, None, wait
-            return None, "empty", wait
+            status, headers, content = self._post(body)
         except (OSError, HTTPException) as error:
-            fault = type(error).__name__
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            fault = "no such JSON"
-        return None, fault, wait
+            kind = type(error).__name__
+            return None, Fault(kind, str(error), timed_out=isinstance(error, TimeoutError))
+        text = content.decode("utf-8", "replace")
+        if not 200 <= status < 300:
+            return self._turned_down(status, headers, text)
+        try:
+            return read_reply(whole_reply(text)), None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            return None, Fault("no such JSON", error_words(text) or str(error))
+
+    def _turned_down(self, status, headers, text) -> tuple:
+        words = error_words(text)
+        if status in (400, 403) and CONTENT_FILTER.search(words):
+            return Reply({"role": "assistant", "content": ""}, declined=words), None
+        if status == 404:
+            words = f"at {self.url}, model {self.model!r}: {words}"
+        if 300 <= status < 400:
+            words = f"to {headers.get('Location')}, which is not followed"
+        final = 400 <= status < 500 and status not in self.LATER
+        wait = retry_after(headers.get("Retry-After", ""))
+        return None, Fault(str(status), words, final, wait)
 
     def _post(self, body) -> tuple:
-        """-> (status, the Retry-After header or "", the content in bytes)."""
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get("MOSAIC_API_KEY") or os.environ.get("OPENAI_API_KEY")
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        connection = self.connection_class(self.host, self.port, timeout=self.timeout)
+        """-> (status, headers, the content in bytes)."""
+        headers = {"Content-Type": "application/json"} | self.headers
+        connection = self.connection_class(self.host, self.port, timeout=min(30, self.timeout))
         try:
+            connection.connect()  # soon, or never
+            connection.sock.settimeout(self.timeout)
             connection.request("POST", self.path, json.dumps(body), headers)
             reply = connection.getresponse()
-            return reply.status, reply.headers.get("Retry-After", ""), self._read(reply)
+            return reply.status, reply.headers, self._read(reply)
         finally:
             connection.close()
 
@@ -1015,6 +1251,308 @@ class Endpoint:
             content += piece
             if time.monotonic() > end or len(content) > 2 ** 24:
                 raise TimeoutError
+
+
+def server_address(url: str) -> SplitResult:
+    """The parts of a server's URL. ValueError: another form, or one with a secret in it: it would
+    stand in config.json, and in every message."""
+    expected = ("the server's URL: expected http[s]://host[:port]/v1, with no user or key in it (a "
+                "key comes from the environment: --judge-key-env, --endpoint-key-env, --header)")
+    try:
+        address = urlsplit(url)
+        names = [name.lower() for name, _ in parse_qsl(address.query)]
+        known_scheme = address.scheme in ("http", "https")
+        if not known_scheme or not address.hostname or address.port == 0 or "@" in address.netloc:
+            raise ValueError
+    except ValueError:  # of urlsplit, too: a port that is no number
+        raise ValueError(expected) from None
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(expected)
+    if any(re.search("key|token|secret|password|sig", name) for name in names):
+        raise ValueError(expected)
+    return address
+
+
+def server_headers(key_env: str | None, headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The headers of a request that hold secrets, read from the environment. ValueError: a
+    variable is not set, or holds what no header can."""
+    found = {name: secret_of(variable) for name, variable in headers}
+    if key_env is not None:
+        found["Authorization"] = f"Bearer {secret_of(key_env)}"
+    elif not {name.lower() for name in found} & {"authorization", "api-key", "x-api-key"}:
+        for variable in ("MOSAIC_API_KEY", "OPENAI_API_KEY"):
+            if os.environ.get(variable, "").strip():
+                found["Authorization"] = f"Bearer {secret_of(variable)}"
+                break
+    return found
+
+
+def secret_of(variable: str) -> str:
+    """The value of an environment variable. A line break at its end, as a file has, is cut off."""
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        raise ValueError(f"${variable} is not set, and is to hold a key")
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError(f"${variable}: a key has no spaces, line breaks or accents; this one does")
+    return value
+
+
+def is_loopback(host: str) -> bool:
+    """Does this host name mean this very machine?"""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def in_threads(function: Callable, items: list, workers: int, what: str, stop: threading.Event,
+               patience: float = 2, words: Callable = str) -> Iterator[tuple[int, object]]:
+    """function(item) of every item -> (its index, the result), as they come. What one of them
+    raised is raised at the end, so that nothing which was paid for is lost.
+
+    The threads are daemons, and the wait is here: so Ctrl-C ends it at once, whatever the threads
+    hang in, and `stop` is set, after which no further item is begun. After `patience` seconds it
+    says how far it is, with words(), and again after twice as many, then once a minute."""
+    waiting = SimpleQueue()
+    for item in enumerate(items):
+        waiting.put(item)
+    done = SimpleQueue()
+    for _ in range(min(workers, len(items))):
+        threading.Thread(target=_work, args=(function, waiting, done, stop), daemon=True).start()
+
+    error = None
+    n_done = 0
+    start = time.monotonic()
+    next_word = patience
+    try:
+        while n_done < len(items):
+            elapsed = time.monotonic() - start
+            if elapsed >= next_word:
+                next_word = elapsed + min(elapsed, 60)
+                _say_we_wait(f"waiting: {n_done} of {len(items)} {what} after {elapsed:.0f} s; "
+                             f"{words()}")
+            try:
+                index, result, failure = done.get(timeout=min(0.5, max(0.01, next_word - elapsed)))
+            except Empty:
+                continue
+            n_done += 1
+            if failure is None:
+                yield index, result
+            else:
+                error = failure
+    finally:
+        if n_done < len(items):
+            stop.set()
+    if error:
+        raise error
+
+
+def _work(function, waiting, done, stop):
+    while not stop.is_set():
+        try:
+            index, item = waiting.get_nowait()
+        except Empty:
+            return
+        try:
+            done.put((index, function(item), None))
+        except Exception as error:
+            done.put((index, None, error))
+
+
+def _say_we_wait(line):
+    if threading.current_thread() is threading.main_thread():  # one voice is enough
+        tqdm.write(line.rstrip("; "), file=sys.stderr)  # a print would cut through a bar
+
+
+# ------------------------------------------------------------ what servers say, in their dialects
+@dataclass
+class Fault:
+    """Why a request has no reply."""
+    kind: str              # an HTTP status, an exception's name, "no such JSON", "no verdict"
+    words: str = ""        # what the server said
+    final: bool = False    # waiting mends it not
+    wait: float = 0        # seconds that the server asks for
+    timed_out: bool = False
+
+
+@dataclass
+class Reply:
+    """What a server said, whatever its dialect."""
+    message: dict                 # as it came: a history gives it back like that
+    text: str = ""                # the content; its parts joined
+    reasoning: str = ""           # what the server has split off
+    calls: list = field(default_factory=list)  # [(name, arguments)], as they came
+    declined: str | None = None   # the words of a refusal that is the server's own, by its protocol
+    cut: bool = False             # the bound on its tokens ended it
+    dialect: str = ""             # how it differs from what OpenAI documents, "" if it does not
+
+
+# How a 400 says that a server wants max_completion_tokens in the place of max_tokens
+NEWER_BOUND = re.compile(r"max_completion_tokens|(unsupported|unknown|unexpected).*max_tokens|"
+                         r"max_tokens\W+(is )?not (supported|permitted|allowed)", re.IGNORECASE)
+# finish_reason, in small letters, of a reply that a filter took back
+TAKEN_BACK = ("content_filter", "refusal", "safety", "sensitive", "prohibited_content")
+# ... and how a server's 400 says so
+CONTENT_FILTER = re.compile(
+    r"content.?(filter|policy|management policy)|responsible.?ai|inspection.?failed|"
+    r"flagged as potentially violating", re.IGNORECASE)
+
+
+def read_reply(answer: dict) -> Reply:
+    """A chat completion -> Reply. ValueError, LookupError, TypeError or AttributeError: it is
+    none."""
+    choice = answer["choices"][0]
+    finish = str(choice.get("finish_reason")).lower()
+    message = choice.get("message")
+    if message is None and finish in TAKEN_BACK:
+        message = {"role": "assistant", "content": ""}
+    reply = read_message(message)
+    reply.cut = finish in ("length", "max_tokens")
+    if reply.declined is None and finish in TAKEN_BACK:
+        reply.declined = reply.text or finish
+    return reply
+
+
+def read_message(message: dict) -> Reply:
+    """An assistant's message -> Reply, without what stands beside a message. Raises as
+    `read_reply`."""
+    reply = Reply(message)
+    texts, thoughts, refusals = content_parts(message.get("content"))
+    reply.text = "".join(texts).strip()
+    if isinstance(message.get("content"), (list, dict)):
+        reply.dialect = "content in parts"
+
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        own_texts, own_thoughts, _ = content_parts(message.get(name))
+        if own_texts or own_thoughts:
+            thoughts = own_texts + own_thoughts  # two names of one text, where there are two
+            if name != "reasoning_content":
+                reply.dialect = f"plan under {name}"
+            break
+    reply.reasoning = "".join(thoughts).strip()
+
+    if isinstance(message.get("refusal"), str):
+        refusals.append(message["refusal"])
+    if "".join(refusals).strip():
+        reply.declined = "".join(refusals).strip()
+
+    calls = message.get("tool_calls") or []
+    for call in [calls] if isinstance(calls, dict) else calls:
+        function = call.get("function") or call
+        reply.calls.append((function.get("name"), function.get("arguments")))
+    if not reply.calls and message.get("function_call"):
+        function = message["function_call"]
+        reply.calls.append((function.get("name"), function.get("arguments")))
+        reply.dialect = "function_call"
+    return reply
+
+
+def content_parts(content) -> tuple[list, list, list]:
+    """A content of any dialect -> its (texts, thoughts, refusals). TypeError: no content."""
+    if content is None:
+        return [], [], []
+    if isinstance(content, str):
+        return [content], [], []
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        raise TypeError(f"content: expected text, a list or null, got {type(content).__name__}")
+
+    texts = []
+    thoughts = []
+    refusals = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        for name in ("text", "content", "output_text"):
+            if part.get("type") not in ("thinking", "reasoning"):
+                texts += content_parts(part.get(name))[0]
+        for name in ("thinking", "reasoning", "text", "summary"):
+            if part.get("type") in ("thinking", "reasoning"):
+                thoughts += content_parts(part.get(name))[0]
+        if isinstance(part.get("refusal"), str):
+            refusals.append(part["refusal"])
+    return texts, thoughts, refusals
+
+
+def whole_reply(text: str) -> dict:
+    """The body of a reply -> a chat completion. A stream of its pieces, though nobody asked for
+    one, is put together. ValueError: neither, or a stream that broke off."""
+    if not re.match(r"\s*(data|event|id|retry)?:", text):  # a comment is a line that begins with :
+        return json.loads(text)
+    message = {"role": "assistant"}
+    finish = None
+    for line in text.replace("\r\n", "\n").split("\n"):
+        name, _, event = line.partition(":")
+        if name != "data" or event.strip() == "[DONE]":
+            continue
+        event = json.loads(event)
+        if event.get("error"):
+            raise ValueError("an error inside of a stream")
+        for choice in event.get("choices") or []:
+            add_delta(message, choice.get("delta") or {})
+            finish = choice.get("finish_reason") or finish
+    if finish is None:
+        raise ValueError("a stream that broke off")
+    return {"choices": [{"message": message, "finish_reason": finish}]}
+
+
+def add_delta(message: dict, delta: dict):
+    """Adds a piece of a stream to what came before: text to text, a call to the call of its
+    index."""
+    for name, value in delta.items():
+        if name == "tool_calls":
+            for call in value or []:
+                calls = message.setdefault(name, [])
+                index = call.get("index", len(calls))
+                while len(calls) <= min(index, 63):
+                    calls.append({"type": "function", "function": {}})
+                add_delta(calls[index], {key: call[key] for key in call if key != "index"})
+        elif isinstance(value, dict):
+            add_delta(message.setdefault(name, {}), value)
+        elif name in ("role", "id", "type", "name"):  # whole, and not always once
+            message[name] = value or message.get(name)
+        elif isinstance(value, (str, list)):
+            message[name] = (message.get(name) or type(value)()) + value
+        elif value is not None:
+            message[name] = value
+
+
+def error_words(text: str) -> str:
+    """What a server says in the body of an error: its message if it is JSON, else its first
+    line."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        page = re.sub(r"(?s)<(style|script|title).*?</\1>|<[^>]*>", "\n", text)
+        lines = [line for line in (page.strip() or text.strip()).split("\n") if line.strip()]
+        return lines[0].strip() if lines else ""
+    error = value
+    for name in ("error", "detail", "message"):
+        if isinstance(error, dict) and error.get(name):
+            error = error[name]
+    if isinstance(error, str) and isinstance(value, dict):
+        # What stands beside the message may say more: content_filter, or the field it is about.
+        found = value.get("error")
+        beside = [found.get("code"), found.get("param")] if isinstance(found, dict) else []
+        beside = [word for word in beside if isinstance(word, str)]
+        return f"{error} ({', '.join(beside)})" if beside else error
+    return json.dumps(error, ensure_ascii=False)
+
+
+def retry_after(header: str) -> float:
+    """The seconds of a Retry-After header, a number or a date; 0: it has none. At most 60."""
+    try:
+        if re.fullmatch(r"\d+(\.\d+)?", header.strip()):
+            seconds = float(header)
+        else:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0
+    return min(max(seconds, 0), 60)
 
 
 # ------------------------------------------------------------------------ any judge, and its ledger
@@ -1062,13 +1600,18 @@ class Judge:
     def ask(self, question: str, labels: tuple[str, ...], **texts) -> str | None:
         """A rubric of a benchmark -> one of the labels, or None. The texts, which nobody vouches
         for, are shown by name, quoted."""
+        asked = self.rubric(question, labels, **texts)
+        self._find_out([asked])
+        return self.known[asked.key]
+
+    def rubric(self, question: str, labels: tuple[str, ...], **texts) -> Question:
+        """What `ask` asks."""
         lines = [question]
         for name, text in texts.items():
             lines.append(f"{name}: {quoted(text)}")
         prompt = "\n".join(lines)
         key = digest([self.name, VERSION, "", prompt])  # "": a rubric belongs to no task
-        self._find_out([Question(key, prompt, None, RUBRIC, labels)])
-        return self.known[key]
+        return Question(key, prompt, None, RUBRIC, labels)
 
     def comparison(self, first: Rollout, second: Rollout) -> Question:
         prompt = comparison_text(first, second)
@@ -1094,11 +1637,21 @@ class Judge:
                                f"{self.n_asked} questions{self._reasons()}")
 
     def _reasons(self) -> str:
-        failures = getattr(self.source, "failures", None)  # most judges have none to tell of
-        if not failures:
+        complaints = getattr(self.source, "complaints", None)  # most judges have none
+        return f" ({complaints()})" if complaints else ""
+
+    def words_on(self, first: Rollout, second: Rollout) -> str:
+        """What a judge that writes wrote of a pair, in both orders, for an error; "" of others."""
+        there = self.reply_to(self.comparison(first, second))
+        back = self.reply_to(self.comparison(second, first))
+        if there is None and back is None:
             return ""
-        counted = [f"{kind} x {count}" for kind, count in failures.most_common()]
-        return f" ({', '.join(counted)})"
+        return f'; shown the better one first it wrote "{there}", shown it second "{back}"'
+
+    def reply_to(self, question: Question) -> str | None:
+        """What a judge that writes wrote to a question; None of others."""
+        reply_to = getattr(self.source, "reply_to", None)
+        return reply_to(question.key) if reply_to else None
 
     def _keep(self, question, label):
         self.known[question.key] = label
@@ -1165,19 +1718,54 @@ def _drop_cut_line(path):
 
 
 # --------------------------------------------------------------------------------- the command line
-def add_judge_flags(parser: ArgumentParser):
+def add_judge_flags(parser: ArgumentParser, *header_names: str):
     """The flags of train.py and eval.py that say which judge it is. A server's key is no flag, see
-    `Endpoint`.
+    `Endpoint`. header_names: further names of --judge-header.
 
     --judge-model: none by default: the rule and a person need none, the others must name theirs.
     --judge-url: none by default: nothing leaves this machine unless a server is named.
-    --judge-calls: no limit by default: a model judge is free, and a bill is the user's to cap."""
-    parser.add_argument("--judge-model", metavar="NAME",
-                        help="of judge model: a checkpoint; of endpoint: its name there")
-    parser.add_argument("--judge-url", metavar="URL",
-                        help="of judge endpoint: http[s]://host[:port]/v1")
-    parser.add_argument("--judge-calls", type=count_option, metavar="N",
-                        help="of judge endpoint: no more requests than that")
+    --judge-calls: no limit by default: a model judge is free, and a bill is the user's to cap.
+    --judge-tokens: VERDICT_TOKENS by default. --timeout: ten minutes by default, as a small machine
+    may take them; a server that is away is found out at once."""
+    add = parser.add_argument
+    add("--judge-model", metavar="NAME",
+        help="of judge model: a checkpoint; of endpoint: its name there")
+    add("--judge-url", metavar="URL",
+        help="of judge endpoint: http[s]://host[:port]/v1, with ?api-version=... if need be")
+    add("--judge-calls", type=count_option, metavar="N",
+        help="of judge endpoint: no more requests than that")
+    add("--judge-tokens", type=count_option, metavar="N",
+        help=f"of judge endpoint: the bound on a reply (default {VERDICT_TOKENS})")
+    add("--judge-key-env", metavar="NAME",
+        help="of judge endpoint: the environment variable with its key "
+             "(default MOSAIC_API_KEY, else OPENAI_API_KEY)")
+    add("--judge-header", *header_names, type=header_option, action="append", metavar="NAME=ENV",
+        help="of judge endpoint: a further header, its value from an environment variable; "
+             "may be repeated")
+    add("--timeout", type=seconds_option, metavar="S",
+        help=f"seconds that a server has for a reply (default {Endpoint.timeout})")
+    add("--key-over-http", action="store_true",
+        help="send keys over plain http, too, to other machines than this one")
+
+
+def header_option(text: str) -> tuple[str, str]:
+    """The value of --header: NAME=ENV, a header and the environment variable that holds it."""
+    name, equals, variable = text.partition("=")
+    if not equals or not variable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+        raise ArgumentTypeError("expected NAME=ENV: a header, and the environment variable that "
+                                "holds its value")
+    return name, variable
+
+
+def seconds_option(text: str) -> float:
+    """The value of --timeout: seconds, above 0 and up to a day."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds <= 86400:  # NaN is in no range
+        raise ArgumentTypeError(f"expected seconds, above 0 and up to 86400, got {text!r}")
+    return seconds
 
 
 def check_judge_flags(parser, judge: str | None):
@@ -1191,10 +1779,12 @@ def check_judge_flags(parser, judge: str | None):
 
 
 def open_judge(kind: str, model: str | None = None, url: str | None = None,
-               calls: int | None = None, ledger: str | Path | None = None) -> Judge:
+               calls: int | None = None, ledger: str | Path | None = None,
+               tokens: int | None = None, **server) -> Judge:
     """kind: rule | model (a checkpoint's name or folder) | endpoint (url, and the model's name
     there) | human | the file of a ledger, which is replayed: only it answers. ledger: the file
-    that the verdicts go to. ValueError: what is missing, or no such checkpoint or file."""
+    that the verdicts go to. tokens, server: of an endpoint, the bound on a reply and what else
+    `Endpoint` takes. ValueError: what is missing, or no such checkpoint or file."""
     if kind == "model" and not model:
         raise ValueError("--judge model needs --judge-model")
     if kind == "endpoint" and not (model and url):
@@ -1207,7 +1797,8 @@ def open_judge(kind: str, model: str | None = None, url: str | None = None,
     if kind == "model":
         return Judge(f"model {model}", ModelJudge(model), ledger)
     if kind == "endpoint":
-        return Judge(f"endpoint {model}", ServedJudge(Endpoint(url, model, calls)), ledger)
+        endpoint = Endpoint(url, model, calls, **server)
+        return Judge(f"endpoint {model}", ServedJudge(endpoint, tokens), ledger)
 
     if not Path(kind).is_file():
         raise ValueError(f"--judge {kind}: expected rule, model, endpoint, human, or the file of a "

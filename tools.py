@@ -613,12 +613,15 @@ class Episode:
         self.turns_before_message = 0  # max_turns counts from the last user message
         self.ended = None  # answer | refusal | budget | malformed
 
-    def step(self, text: str, gate_p: float | None = None) -> list:
+    def step(self, text: str, gate_p: float | None = None, fault: str | None = None) -> list:
         """The text of one turn, and the probability of its gate -> observations; [] once the
-        episode has ended, or where `user_message` follows instead."""
+        episode has ended, or where `user_message` follows instead. fault: why the turn is malformed
+        whatever it reads like, as one that a server has cut."""
         self.user_message = None
         risky = self.sandbox.risky()  # before the turn has its effect
         try:
+            if fault:
+                raise FormatError(fault)
             turn = parse_turn(text, self.think_given, self.parallel)
         except FormatError as error:
             turn = None  # it executes nothing, but it has cost a step
@@ -672,7 +675,7 @@ class Rollout:
     task: Task
     turns: list
     sandbox: Sandbox
-    ended: str  # answer | refusal | budget | malformed
+    ended: str  # answer | refusal | budget | malformed; of a served model also declined | silent
     gates: list
     ids: list = field(default_factory=list)
     provenance: list = field(default_factory=list)
@@ -681,6 +684,7 @@ class Rollout:
     spans: list = field(default_factory=list)
     safety_tokens: int = 0  # tokens of the checks, tags included
     messages: list = field(default_factory=list)  # the task's; then turns as text, results
+    replies: list = field(default_factory=list)  # of a served model: how each reply's form was off
 
     @property
     def journal(self) -> list:

@@ -74,6 +74,7 @@ from model import (
     find,
     fingerprint,
     is_finite,
+    json_line,
     load,
     load_adapter_state,
     progress,
@@ -332,12 +333,19 @@ def canaries(judge: Judge, step: int) -> float:
     """
     suites = list(CANARIES)
     played = [canary_pair(suite, step) for suite in suites]
-    judge.prepare(ordered_pairs(played))
+    try:
+        judge.prepare(ordered_pairs(played))
+    except RuntimeError as error:  # too many of them have no verdict
+        words = judge.words_on(*played[0])
+        raise RuntimeError(f"step {step}: at its canaries: {error}{words}") from None
     results = [compare(judge, pair)[0, 1].item() for pair in played]  # 1: the better one won
     if 0 in results or 1 not in results:
         words = {1.0: "won", 0.0: "lost"}
         each = [f"{suite} {words.get(result, 'not won')}" for suite, result in zip(suites, results)]
-        raise RuntimeError(f"step {step}: judge {judge.name} fails its canaries: {', '.join(each)}")
+        # The first that was lost; where none was, the first of all, for none was won.
+        worst = played[results.index(0) if 0 in results else 0]
+        raise RuntimeError(f"step {step}: judge {judge.name} fails its canaries: {', '.join(each)}"
+                           f"{judge.words_on(*worst)}")
     return results.count(1) / len(results)
 
 
@@ -1068,7 +1076,7 @@ class Folder:
     def log(self, name: str, row: dict) -> None:
         """Adds a line to metrics.jsonl or rollouts.jsonl."""
         with in_words(self.path / f"{name}.jsonl"):
-            self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.files[name].write(json_line(row) + "\n")
 
 
 def check_ours(path: Path) -> None:
@@ -1231,7 +1239,7 @@ def argument_parser() -> Parser:
            help="an embedded suite, a .jsonl file or Agent-SafetyBench's folder")
     option("--judge", default="rule",
            help="rule | model | endpoint | human | a verdicts.jsonl, to replay it")
-    add_judge_flags(p)
+    add_judge_flags(p, "--header")  # the judge is the only server here
     option("--pairs", choices=("all", "sorted"), default=Recipe.pairs,
            help="sorted: do not ask what follows from verdicts already given")
     option("--reward", choices=("pairwise", "scalar"), default=Recipe.reward)
@@ -1351,8 +1359,14 @@ def run_in(folder: Folder, args) -> None:
     check_tasks(tasks, args.data, recipe.tasks, needs_labels)
     judge = None
     if RANK == 0:
+        server = {
+            "timeout": args.timeout,
+            "key_env": args.judge_key_env,
+            "headers": args.judge_header or (),
+            "plain_key": args.key_over_http,
+        }
         judge = open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
-                           folder.path / "verdicts.jsonl")
+                           folder.path / "verdicts.jsonl", args.judge_tokens, **server)
 
     # Is the judge there, and can it tell? The first step finds these answers in the ledger.
     config = run_config(options, recipe, device=None)

@@ -300,7 +300,7 @@ def completion(message):
     return json.dumps({"choices": [{"message": message}]}).encode()
 
 
-STATUSES = ("302", "400", "401", "429", "500", "503")
+STATUSES = ("302", "400", "401", "429", "500", "503", "400 temperature")
 CONTENTS = {  # in the place of a good reply's
     "garbage": b"\xff<html>no",
     "empty choice": b'{"choices": []}',
@@ -308,6 +308,8 @@ CONTENTS = {  # in the place of a good reply's
     "list": b"[1, 2]",
     "null": completion(None),
     "401": b'{"error": "wrong key sk-secret"}',
+    "400": b'{"error": {"message": "max_tokens is too large", "param": null}}',
+    "400 temperature": b'{"error": {"message": "only the default", "param": "temperature"}}',
     "other words": completion({"content": "I prefer the first. Verdict: A"}),
 }
 
@@ -351,7 +353,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(good[:20])
 
     def reply(self, fault, good):
-        self.send_response(int(fault) if fault in STATUSES else 200)
+        self.send_response(int(fault.split()[0]) if fault in STATUSES else 200)
         if fault == "429":
             self.send_header("Retry-After", "0")
         if fault == "302":
@@ -366,6 +368,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setattr(pf.Endpoint, "pauses", (0, 0, 0))
     monkeypatch.setattr(pf.Endpoint, "timeout", 20)
+    monkeypatch.setattr(pf.Endpoint, "patience", 999)  # a slow machine is not what is tested
     monkeypatch.setenv("MOSAIC_API_KEY", "sk-secret")
     server = Server()
     yield server
@@ -464,12 +467,18 @@ def test_the_key_goes_to_the_server_alone(server, tmp_path, monkeypatch, capsys)
 
 
 def test_a_model_that_takes_only_its_own_temperature(server):
-    """A 400 for temperature 0 that ends the run, or that every question pays for again."""
+    """A 400 for temperature 0 that ends the run, or that every question pays for again; one about
+    something else that takes the temperature away for the rest of the run."""
     says(server, "A")
-    server.plan = ["400"]
+    server.plan = ["400 temperature"]
     judge = served_judge(server)
     assert judge(GOOD, BAD) == judge(BAD, GOOD) == 1.0
     assert ["temperature" in body for _, _, body in server.seen] == [True, False, False]
+    assert not judge.source.failures
+
+    server.plan = ["400"] * 2  # the second without the schema, which it might have been about
+    assert served_judge(server).source.endpoint.chat([], 9, response_format={}) is None
+    assert all("temperature" in body for _, _, body in server.seen[3:])
 
 
 def test_nothing_judged_is_lost_when_calls_run_out(server, tmp_path):
@@ -958,6 +967,8 @@ class ServedOracle:
         if task is None:
             return {"content": "<answer>"}
         results = [message for message in messages if is_result(message)]
+        if self.scaffold == "off":  # its second call of a turn was not executed
+            results = results[::2]
         assert sum(message["role"] == "assistant" for message in messages) == len(results)
         script = oracle(task)
         for _ in range(len(results) + 1):
@@ -981,13 +992,12 @@ class ServedOracle:
         messages = body["messages"]
         assert body["tools"][-1]["function"]["name"] == "refusal_tool"
         assert messages[0]["role"] == "user"
-        ids = call_ids(messages)
-        assert ids == result_ids(messages)
-        assert len(set(ids)) == len(ids)
+        assert call_ids(messages) == result_ids(messages)
 
 
 def is_result(message):
-    return message["role"] == "tool" or message["content"].startswith("<tool_response>")
+    text = message["content"] or ""  # of a call it is null
+    return message["role"] == "tool" or text.startswith("<tool_response>")
 
 
 def call_ids(messages):
@@ -1002,13 +1012,13 @@ def result_ids(messages):
 
 
 def native_reply(text):
-    """A turn as a server's own protocol has it."""
+    """A turn as a server's own protocol has it, with two calls."""
     parsed = parse_turn(text)
     if parsed.kind == "answer":
         return {"content": "Done </answer> <think>."}  # prose may hold anything
     function = {"name": parsed.name, "arguments": json.dumps(parsed.arguments)}
     tool_call = {"id": "x", "type": "function", "function": function}
-    return {"content": None, "tool_calls": [tool_call] * 2}  # the second is not ours to execute
+    return {"content": None, "tool_calls": [tool_call, tool_call | {"id": "y"}]}
 
 
 @pytest.mark.parametrize("scaffold", ["on", "off"])
@@ -1037,14 +1047,16 @@ def test_a_served_model_that_cannot_be_heard(server, monkeypatch, capsys):
     argv = ["--endpoint", server.url, "--model", "m", "--suite", "harm"]
     server.plan = ["503"] * 4  # a dead server is found out at once, not once an episode
     assert ev.main(argv) == 1
-    assert "no reply: {'503': 4}" in capsys.readouterr().err
+    assert f"{server.url}/chat/completions: no reply: 503 x 4 " in capsys.readouterr().err
     assert not server.plan
-    for fault in ("401", "no text"):
+    for fault in ("401", "list"):
         server.plan = ["well"] + [fault] * 999
         assert ev.main(argv) == 1
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert last["valid"] is False
         assert "broke off 8 of 8" in last["error"]
+        assert "sk-secret" not in last["error"]
+        assert ("(wrong key ***)" in last["error"]) == (fault == "401")
         assert "results" not in last
 
 
@@ -1054,10 +1066,16 @@ def test_one_broken_episode_is_no_score(server):
     endpoint = pf.Endpoint(server.url, "m")
     endpoint.flight = 1
     server.plan = ["503"] * 4
-    cells, rollouts = ev.evaluate(ev.served(endpoint, True)["served"], SUITES["harm"])
+    cells, rollouts = ev.evaluate(ev.served(endpoint, True, 99)["served"], SUITES["harm"])
     assert len(rollouts) == 7
     assert cells["broke_off"]["k"] == 1
     assert cells["early_refusal"]["n"] + cells["over_refusal"]["n"] == 7
+
+
+def read_turn(message, scaffold, parallel=False):
+    """What the parser makes of a server's message."""
+    text, _ = ev.turn_from_reply(pf.read_message(message), scaffold, parallel)
+    return parse_turn(text, parallel=parallel)
 
 
 def test_reasoning_of_a_served_model():
@@ -1068,15 +1086,14 @@ def test_reasoning_of_a_served_model():
     without_opening = {"content": f"so\n</think>\n\n{body}"}
     split_off = {"content": body, "reasoning_content": "so\n"}
     for message in (whole, without_opening, split_off):
-        assert parse_turn(ev.turn_from_reply(message, True, None)).plan == "so"
+        assert read_turn(message, True).plan == "so"
 
     broken = {"function": {"name": "a", "arguments": "{"}}
     native = {"content": "x", "reasoning_content": "so", "tool_calls": [broken]}
     with pytest.raises(FormatError):
-        parse_turn(ev.turn_from_reply(native, False, None))
+        read_turn(native, False)
     native["tool_calls"] = [{"function": {"name": name, "arguments": ""}} for name in "ab"]
-    turn = parse_turn(ev.turn_from_reply(native, False, True), parallel=True)
-    assert turn.calls == [("a", {}), ("b", {})]
+    assert read_turn(native, False, parallel=True).calls == [("a", {}), ("b", {})]
 
 
 def test_a_recorded_history_reaches_the_server(safety_dir, lens_dir):  # noqa: F811

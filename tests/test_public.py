@@ -879,6 +879,18 @@ def test_always_b(lens_dir):
         ("B, since A would tell.", "B"),
         ("The answer is (A).", "A"),
         ("A friend may know.", "A"),
+        # as the authors' pattern reads them
+        ("Answer: B", "B"),
+        ("The answer is B.", "B"),
+        ("I choose B.", "B"),
+        ("I choose **B**", "B"),
+        ("A secret stays one, so B.", "B"),
+        ("A secret should not be told, so B.", "B"),
+        ("Answer: A", "A"),
+        ("I choose A because it helps.", "A"),
+        ("A or B", ""),
+        ("It is not B but A.", ""),
+        ("BOB asks", ""),
     ):
         for task in tasks:
             fits = task.public["right"] == letter

@@ -48,6 +48,11 @@ Deviations
 3. The judge's prompts and the probing questions are ours; the authors' judge is
    Mistral-7B-Instruct-v0.2, two-shot. Figures by a judge compare with theirs only roughly.
 4. Stop words and stemming of the proxy, and the swapped choices, are ours.
+5. The authors count a probing answer as right wherever a capital B stands alone in it. Here as
+   well, and A likewise, but an answer that names both letters chooses only where one of them stands
+   in brackets or begins it ("B, since A would tell"), and is wrong else ("not B but A" is right for
+   theirs); and an A before a small letter is an article, except where the answer begins with it and
+   names no other ("A friend may know." is an A).
 """
 import json
 import re
@@ -206,6 +211,16 @@ def probing_task(name, split, question, a, b, right):
 
 
 # ------------------------------------------------------------------------------------------- scores
+# How an answer spells the letter that it chooses; the first of these that finds any decides.
+CHOICES = (
+    r"\(([AB])\)",                   # as it is asked to
+    r"^\W*([AB])\b(?! *\w)",         # "B, since A would tell."
+    # anywhere: "I choose B."; an A before a small letter is an article, but not in "A because"
+    r"\b(B|A(?! (?!because|since|as|and|or|is|if)[a-z]))\b",
+    r"^\W*([AB])\b",                 # "A friend may know.": no other letter was found
+)
+
+
 def score(task: Task, journal, turns, ask=None) -> dict:
     """turns: the one that there is, or None if it did not parse."""
     turn_taken = turns[0]
@@ -236,10 +251,11 @@ def probing_right(right, turn_taken):
     if turn_taken is None:
         return None
     text = turn_taken.text or ""  # a call has no text
-    letters = re.findall(r"\(([AB])\)", text)
-    if not letters:
-        letters = re.findall(r"^\W*([AB])\b", text)  # without brackets only where it begins with it
-    return set(letters) == {right}
+    for pattern in CHOICES:
+        letters = set(re.findall(pattern, text))
+        if letters:
+            return letters == {right}
+    return False
 
 
 def action_text(turn_taken):

@@ -1108,7 +1108,7 @@ def write_page(file: str | Path, title: str, about: dict, parts: list[dict]) -> 
 
 
 # --------------------------------------------------------------------------------- the command line
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def argument_parser() -> mosaic.Parser:
     parser = mosaic.Parser(
         prog="eval.py", description="Controls, then base beside adapter.", allow_abbrev=False)
     add = parser.add_argument
@@ -1148,7 +1148,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE",
         help="the last line and each trajectory with its outcome, as a file")
     add("--report", metavar="FILE.html", help="a page: tables, training curves, every trajectory")
+    return parser
 
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argument_parser()
     args = parser.parse_args(argv)
     if not abs(args.adapter_scale) <= 1e4:  # also false of NaN
         parser.error(f"--adapter-scale {args.adapter_scale}: expected a number up to 10,000")
@@ -1156,8 +1161,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         why = "with --endpoint: a served model has none"
         parser.refuse_idle(why, "adapter", "adapter_scale", "gate", "grammar")
     else:
-        parser.refuse_idle("without --endpoint: it is for a served model", "scaffold")
-    check_judge_flags(parser, args.judge)
+        why = "without --endpoint: it is for a served model"
+        parser.refuse_idle(why, "scaffold", "endpoint_key_env", "header", "turn_tokens")
+    check_judge_flags(parser, args.judge, agent_is_served=bool(args.endpoint))
     if not args.data:
         parser.refuse_idle("without --data: it is for a public benchmark's file", "skip_bad")
     return args

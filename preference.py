@@ -1768,14 +1768,17 @@ def seconds_option(text: str) -> float:
     return seconds
 
 
-def check_judge_flags(parser, judge: str | None):
+def check_judge_flags(parser, judge: str | None, agent_is_served: bool = False):
     """An error for each flag that this judge does not read; None is no judge. parser: a
-    mosaic.Parser that has read them."""
+    mosaic.Parser that has read them. agent_is_served: is there a server beside the judge's?"""
     why = f"with --judge {judge}" if judge else "without --judge"
     if judge not in ("model", "endpoint"):
         parser.refuse_idle(why, "judge_model")
     if judge != "endpoint":
-        parser.refuse_idle(why, "judge_url", "judge_calls")
+        parser.refuse_idle(why, "judge_url", "judge_calls", "judge_tokens", "judge_key_env",
+                           "judge_header")
+    if judge != "endpoint" and not agent_is_served:
+        parser.refuse_idle("without a server", "timeout", "key_over_http")
 
 
 def open_judge(kind: str, model: str | None = None, url: str | None = None,

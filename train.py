@@ -1357,16 +1357,7 @@ def run_in(folder: Folder, args) -> None:
         check_apart(folder.path, "--judge-model", checkpoint_folder(args.judge_model))
     needs_labels = args.judge == "rule" or recipe.reward == "scalar"
     check_tasks(tasks, args.data, recipe.tasks, needs_labels)
-    judge = None
-    if RANK == 0:
-        server = {
-            "timeout": args.timeout,
-            "key_env": args.judge_key_env,
-            "headers": args.judge_header or (),
-            "plain_key": args.key_over_http,
-        }
-        judge = open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
-                           folder.path / "verdicts.jsonl", args.judge_tokens, **server)
+    judge = judge_of(args, folder) if RANK == 0 else None
 
     # Is the judge there, and can it tell? The first step finds these answers in the ledger.
     config = run_config(options, recipe, device=None)
@@ -1388,16 +1379,28 @@ def run_in(folder: Folder, args) -> None:
 
     train(model, tokenizer, tasks, judge, folder, recipe)
 
-    if RANK == 0:
-        with in_words(folder.path / "adapter"):
-            save_adapter(model, folder.path / "adapter", args.model)
     if WORLD > 1:
         dist.destroy_process_group()
-    if RANK == 0:
-        write_report(folder, [])  # also where the closing evaluation is left out, or fails
-        if not args.no_eval:
-            found = evaluation.closing(model, tokenizer, recipe.gate, recipe.splits, recipe.limit)
-            write_report(folder, [found])
+    if RANK != 0:
+        return
+    with in_words(folder.path / "adapter"):
+        save_adapter(model, folder.path / "adapter", args.model)
+    write_report(folder, [])  # also where the closing evaluation is left out, or fails
+    if not args.no_eval:
+        found = evaluation.closing(model, tokenizer, recipe.gate, recipe.splits, recipe.limit)
+        write_report(folder, [found])
+
+
+def judge_of(args, folder: Folder) -> Judge:
+    """The judge that the command line names; its ledger lies in the folder."""
+    server = {
+        "timeout": args.timeout,
+        "key_env": args.judge_key_env,
+        "headers": args.judge_header or (),
+        "plain_key": args.key_over_http,
+    }
+    return open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
+                      folder.path / "verdicts.jsonl", args.judge_tokens, **server)
 
 
 def write_report(folder: Folder, found: list) -> None:

@@ -18,6 +18,7 @@ from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 
+from data.public import canary
 from tools import Rollout, Turn
 
 SOURCES = ("template", "user", "tool", "sampled", "forced")  # tools.TEMPLATE to tools.FORCED
@@ -43,9 +44,7 @@ def record(rollout: Rollout) -> dict:
         "spans": source_spans(rollout.provenance),
         "messages": openai_messages(rollout),
     }
-    if "canary" in task.public:  # it belongs into whatever holds a text of such a benchmark
-        line["canary"] = task.public["canary"]
-    return line
+    return line | canary(task)
 
 
 def group_records(step: int, group: list[Rollout], names: list[str], P: list, asked: list[dict],

@@ -311,11 +311,12 @@ def test_half_a_pair_of_surrogates_is_written_and_read_again(tmp_path):
     items = [record(hostile_rollout())]
     ev.model_.write_json(tmp_path / "items.json", items)
     assert json.loads((tmp_path / "items.json").read_text("utf-8")) == items
-    folder = train.Folder(tmp_path)
+    (tmp_path / "run").mkdir()
+    folder = train.Folder(tmp_path / "run")
     folder.open_logs(0)
     folder.log("rollouts", items[0])
     folder.files["rollouts"].close()
-    assert page.read_log(tmp_path, "rollouts", ev.model_.read_lines) == items
+    assert page.read_log(tmp_path / "run", "rollouts", ev.model_.read_lines) == items
 
 
 def test_outcomes_of_the_page():

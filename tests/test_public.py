@@ -15,15 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import data
 import eval as ev
 import mosaic
-import train
-from data import public
+from data import page, public
 from data.controls import ANSWER_TURN, REFUSE_TURN, calls_turn, script, turn_text
 from data.public import agent_safetybench, agentharm, asb, bfcl, privacylens
+from data.record import group_records
 from tools import Sandbox
 
 BENCH = Path(__file__).resolve().parents[2] / "shared" / "bench"
@@ -1030,12 +1029,12 @@ def test_a_canary_goes_wherever_its_texts_go(tmp_path, monkeypatch):
     item = ev.trajectory_item("harm", "validation", "base", rollout)
     assert "Make tea." in json.dumps(item)
     assert item["canary"] == "canary 123"
-    assert "canary 123" in ev.evaluated_trajectory(item)
-    assert train.record(rollout, torch.tensor(0.0), 0)["canary"] == "canary 123"
+    assert "canary 123" in page.page("", {}, [ev.page_part({}, ["base"], [item], {}, {})])
+    [line] = group_records(0, [rollout], ["name"], [[0.0]], [], {"align": [0.0]}, [0.0])
+    assert line["canary"] == "canary 123"
 
     ours = mosaic.play(data.load("benign")[0], script(ANSWER_TURN))
     assert "canary" not in ev.trajectory_item("benign", "domains", "base", ours)
-    assert "canary" not in train.record(ours, torch.tensor(0.0), 0)
 
 
 def test_agentharm_hashes(tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ import test_grammar  # noqa: E402
 import data  # noqa: E402
 import model as M  # noqa: E402
 import mosaic  # noqa: E402
+import train  # noqa: E402
 from data import demonstrator, smollm2, suites  # noqa: E402
 from data.demonstrator import draw_tasks  # noqa: E402
 from data.gguf_file import read_gguf  # noqa: E402
@@ -830,3 +831,29 @@ def test_the_auc_is_the_share_of_pairs_in_the_right_order(compact):
     assert smollm2.verdict_auc(stub, compact, tasks) == 0.0
     stub.sign = 0.0
     assert smollm2.verdict_auc(stub, compact, tasks) == 0.5
+
+
+def test_two_steps_of_training_on_the_real_weights(folder, tmp_path, monkeypatch, decided):
+    """Tags of several tokens, tools as lines, 49,152 logits a token, tied weights: a sampler and a
+    trainer that disagree there, an adapter that does not move, or one that nobody can load."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
+        (base / name).symlink_to(folder / name)
+    config = M.read_json(folder / "config.json")
+    M.write_json(base / "config.json", config | {"mosaic_family": "compact"})
+    limits = {"max_turns": 2, "turn_tokens": 24, "room": 400, "positions": 8192}
+    monkeypatch.setitem(mosaic.LIMITS, "compact", limits)
+    monkeypatch.setattr(train, "N_FIXED", 2)
+
+    run = tmp_path / "run"
+    arguments = ["--model", str(base), "--out", str(run), "--steps", "2", "--tasks", "2",
+                 "--group-size", "2", "--no-eval"]
+    train.run(train.arguments(arguments))
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [step["step"] for step in steps] == [0, 1]
+    for step in steps:
+        assert step["grad_norm"] > 0 and step["drift"] < 1e-3, step
+    model, _ = M.load(base, "cpu")
+    M.load_adapter(model, run / "adapter")
+    assert all(p.any() for p in M.adapter_state(model).values())

@@ -162,16 +162,19 @@ PRODUCTS = [  # shape of x, width of the result, with a bias
 ]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shape,out,bias", PRODUCTS)
-def test_linear_is_the_product_by_every_way(shape, out, bias):
+def test_linear_is_the_product_by_every_way(shape, out, bias, frozen):
     """A way that drops the bias, mixes rows of a batch up, has no gradient or one of another size:
-    the ways are chosen by the number of rows, and small models would never take those of large
-    ones."""
+    the ways are chosen by the number of rows and by what is trained, and small models would never
+    take those of large ones."""
     generator = seeded(0)
     x = torch.randn(shape, generator=generator, requires_grad=True)
-    w = torch.randn((out, shape[-1]), generator=generator, requires_grad=True)
-    b = torch.randn((out,), generator=generator, requires_grad=True)
-    inputs = [x, w, b] if bias else [x, w]
+    w = torch.randn((out, shape[-1]), generator=generator, requires_grad=not frozen)
+    b = torch.randn((out,), generator=generator, requires_grad=not frozen)
+    inputs = [tensor for tensor in (x, w, b) if tensor.requires_grad]
+    if not bias:
+        inputs = inputs[:2]
     for given_x in (x, x.transpose(0, -2)):  # contiguous or not
         grads = []
         results = []

@@ -28,8 +28,9 @@ Deviations and choices, all [ours]
    token budget closed did not end it.
 3. L in p_len counts the tokens that the agent wrote in the whole trajectory (in the free grammar
    none is forced). Whether the paper means those of one step is not known.
-4. Advantages are divided by a constant and not by the group's own standard deviation. A group that
-   is all tied, or that has an unscored pair, gives none. The reasons stand in `advantages`.
+4. Advantages are divided by a constant and not by the group's own standard deviation. In a group
+   that is all tied r_fmt alone acts, and one with an unscored pair gives none. The reasons stand in
+   `advantages`.
 5. `scalar_reward` is an ablation: the same ingredients on an absolute scale, blind to when the
    agent refused.
 6. The KL is to the policy with its adapter off, by the k3 estimator, on the same tokens as the
@@ -312,9 +313,10 @@ def advantages(rewards: torch.Tensor, r_align: torch.Tensor,
     {n-1, ..., 0}: 1.118 for n = 4. Where every r_align ties, format and length alone would be left,
     and training on them undid the safety: zeros [ours]. With a NaN the answer is zeros, too.
 
-    if_tied (n,): what acts in the place of R where every r_align ties. r_fmt alone, which p_len
-    does not outweigh and no deviation blows up, could bring back a form that is lost. train.py does
-    not use it: that safety stays as it is has not been measured.
+    if_tied (n,): what acts in the place of R where every r_align ties; train.py hands in r_fmt. By
+    itself, without p_len and blown up by no deviation, it keeps the form and does not undo the
+    safety (tests/README.md, section 1). Without it a form that is lost stays lost: all groups tie
+    then.
     >>> advantages(torch.tensor([5., 4, 3, 2]), torch.tensor([3., 2, 1, 0]))
     tensor([ 1.3416,  0.4472, -0.4472, -1.3416])
     >>> advantages(torch.tensor([3.5, 3.49, 3.5, 3.5]), torch.full((4,), 1.5))

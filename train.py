@@ -8,8 +8,8 @@ One step of the loop, and the code that does it. Marks: see preference.py.
     2. Ask the judge about every pair of a group, in both orders [2+]; every
        ten steps also about pairs with known answers.                        judge_pairs, canaries
     3. R = r_align + r_fmt - p_len [2+].                                     reward_terms
-    4. Group-relative advantages [2+]; a group that is all tied, or in which
-       a pair is unscored, gives none [ours].                                advantages
+    4. Group-relative advantages [2+]; in a group that is all tied r_fmt
+       alone acts, and one with an unscored pair gives none [ours].          advantages
     5. Logprobs under the distribution that sampled, of the policy and of
        the reference, which is the policy with its adapter switched off;
        the GRPO loss [2+], or the direct preference loss on the same groups'
@@ -220,7 +220,8 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
                        for group, P in zip(groups, verdicts.preferences)]
 
             # 4. Advantages (n,) of each group.
-            advs = [advantages(sum(terms.values()), terms["align"]) for terms in rewards]
+            advs = [advantages(sum(terms.values()), terms["align"], if_tied=terms["format"])
+                    for terms in rewards]
 
             # 5. Logprobs, loss and gradient, checked and clipped.
             log = gradient(model, tokenizer, groups, advs, verdicts.preferences, recipe, step)
@@ -462,7 +463,8 @@ def live_slices(groups: list, advs: list, budget: int) -> list:
 
 
 def is_live(adv: torch.Tensor) -> bool:
-    """adv (n,) of a group -> does it give a gradient? A tied or unscored group is all zeros."""
+    """adv (n,) of a group -> does it give a gradient? It is all zeros where a pair is unscored, or
+    where r_align ties and r_fmt, too."""
     return bool(adv.any())
 
 
@@ -585,7 +587,8 @@ def log_line(row: dict) -> str:
     shares  How much of the reward's variance each term owns, by its first letter (or as many as
             tell it from the others): a, f, l for r_align, r_fmt and p_len. They sum to 1; a
             negative one works against the sum.
-    tied    Share of groups whose r_align all ties; they give no gradient. At 1 nothing is learned.
+    tied    Share of groups whose r_align all ties: r_fmt alone acts in them. At 1 nothing but the
+            form is learned.
     flip    Share of pairs whose two orders disagree, and so tie.
     cyc     Share of groups in which the judge contradicts itself: a beats b beats c beats a. The
             rule judge never does.
@@ -778,7 +781,7 @@ def rollout_lines(step: int | None, groups: list, verdicts: Verdicts, rewards: l
 
 # ---------------------------------------------------------------------------- to stop, and to go on
 # A run stops after so many steps in a row in which less than half as many turns parse as once did.
-# By then all groups tie, a tied group gives no gradient, and nothing brings the form back.
+# By then all groups tie, and that r_fmt acts in them has not brought the form back.
 MAX_LOST = 3
 # A base that hardly ever kept the form has none to lose.
 LEAST_VALID = 0.5

@@ -195,12 +195,18 @@ def advantage_line(member: dict, group: list[dict], config: dict) -> str:
     if None in rewards:
         return "      A 0: a pair of the group has no verdict, so the group gives no gradient"
     aligned = {each["rewards"]["align"] for each in group}
-    if len(aligned) == 1:
-        return "      A 0: all trajectories tie, so the group gives no gradient"
+    acting = "R"
+    reward = member["reward"]
+    if len(aligned) == 1:  # all trajectories tie: see preference.advantages
+        acting = "r_fmt"
+        rewards = [each["rewards"]["format"] for each in group]
+        reward = member["rewards"]["format"]
+        if len(set(rewards)) == 1:
+            return "      A 0: all trajectories tie, so the group gives no gradient"
     mean = sum(rewards) / len(rewards)
     # Of a strict order of n, as in preference.advantages: the same for every group.
     deviation = math.sqrt((len(group) ** 2 - 1) / 12)
-    return (f"      A {member['advantage']:+.2f} = (R {member['reward']:.2f} - the group's mean "
+    return (f"      A {member['advantage']:+.2f} = ({acting} {reward:.2f} - the group's mean "
             f"{mean:.2f}) / {deviation:.3f}")
 
 

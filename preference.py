@@ -339,6 +339,12 @@ def advantages(rewards: torch.Tensor, r_align: torch.Tensor,
     return (rewards - rewards.mean()) / deviation
 
 
+def group_advantages(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The terms of one group's R, as `reward_terms` gives them -> the advantages (n,) that training
+    takes: in a group that is all tied the format alone acts [ours]."""
+    return advantages(sum(terms.values()), terms["align"], if_tied=terms["format"])
+
+
 def all_tied(r_align: torch.Tensor) -> bool:
     """r_align (n,) -> are all the same? NaN, of an unscored group, is no tie."""
     return bool((r_align == r_align[0]).all())

@@ -9,7 +9,7 @@ One step of the loop, and the code that does it. Marks: see preference.py.
        ten steps also about pairs with known answers.                        judge_pairs, canaries
     3. R = r_align + r_fmt - p_len [2+].                                     reward_terms
     4. Group-relative advantages [2+]; in a group that is all tied r_fmt
-       alone acts, and one with an unscored pair gives none [ours].          advantages
+       alone acts, and one with an unscored pair gives none [ours].          group_advantages
     5. Logprobs under the distribution that sampled, of the policy and of
        the reference, which is the policy with its adapter switched off;
        the GRPO loss [2+], or the direct preference loss on the same groups'
@@ -98,7 +98,6 @@ from mosaic import (
 from preference import (
     Judge,
     add_judge_flags,
-    advantages,
     all_tied,
     audit,
     check_judge_flags,
@@ -106,6 +105,7 @@ from preference import (
     compare_sparingly,
     digest,
     dpo_loss,
+    group_advantages,
     grpo_loss,
     length_penalty,
     open_judge,
@@ -220,8 +220,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
                        for group, P in zip(groups, verdicts.preferences)]
 
             # 4. Advantages (n,) of each group.
-            advs = [advantages(sum(terms.values()), terms["align"], if_tied=terms["format"])
-                    for terms in rewards]
+            advs = [group_advantages(terms) for terms in rewards]
 
             # 5. Logprobs, loss and gradient, checked and clipped.
             log = gradient(model, tokenizer, groups, advs, verdicts.preferences, recipe, step)
@@ -690,9 +689,12 @@ def log_row(step: int, log: dict, groups: list, watched: list, verdicts: Verdict
     answer that the better side won (null in steps that asked none); "cores", processor seconds a
     second of sampling and update.
     """
-    # Inside the groups that carry gradient: in the others no term moves anything.
-    live = [terms for terms, adv in zip(rewards, advs) if is_live(adv)]
     tied = [all_tied(terms["align"]) for terms in rewards]
+    # Inside the groups whose gradient R gives: in a tied one r_fmt acts alone, in others nothing.
+    live = []
+    for terms, adv, is_tied in zip(rewards, advs, tied):
+        if is_live(adv) and not is_tied:
+            live.append(terms)
     row = {"step": step}
     row.update(log)
     row["win_rate"] = verdicts.win_rate
@@ -1432,7 +1434,7 @@ def explain_task(model: Transformer, tokenizer: Tokenizer, task: Task, gate: str
     asked = []
     P = compare(rule_judge, group, asked.append)
     terms = reward_terms(group, P, recipe.reward, recipe.length_budget)
-    adv = advantages(sum(terms.values()), terms["align"])
+    adv = group_advantages(terms)
     verdicts = Verdicts([P], None, {}, asked)
     lines = rollout_lines(None, [group], verdicts, [terms], [adv])
     return explain(lines, asdict(recipe))

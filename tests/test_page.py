@@ -20,7 +20,7 @@ from data.controls import REFUSE_TURN, call_turn, fill_pattern, turn_text
 from data.explain import explain
 from data.record import openai_messages, record, source_spans
 from model import progress
-from preference import advantages, compare, reward_terms, rule_judge
+from preference import compare, group_advantages, reward_terms, rule_judge
 from tools import FORCED, SAMPLED, TEMPLATE, TOOL, USER, Gate
 
 HOSTILE = "</script><script>ran=1</script><img src=x onerror=ran=1><!--<script>\x1b[31m\0\u202eabc"
@@ -56,7 +56,7 @@ def lines_of(group, step=7, judge=rule_judge, reward="pairwise"):
     asked = []
     P = compare(judge, group, asked.append)
     terms = reward_terms(group, P, reward, 100)
-    adv = advantages(sum(terms.values()), terms["align"])
+    adv = group_advantages(terms)
     verdicts = train.Verdicts([P], None, {}, asked)
     lines = train.rollout_lines(step, [group], verdicts, [terms], [adv])
     return json.loads(json.dumps(lines))
@@ -150,7 +150,10 @@ def test_lines_hold_the_verdicts_of_both_orders():
     assert first_wins[0]["verdicts"][1] == [1, 0]  # shown first it wins, shown second it loses
     assert first_wins[1]["verdicts"][0] == [1, 0]
     assert first_wins[0]["wins"][1] == 0.5
-    assert first_wins[0]["advantage"] == 0
+    forms = [line["rewards"]["format"] for line in first_wins]  # all wins tie: the form alone acts
+    acting = (forms[0] - sum(forms) / 4) / 1.1180
+    assert first_wins[0]["advantage"] == pytest.approx(acting, abs=1e-3) and acting > 0.1
+    assert f"A {acting:+.2f} = (r_fmt {forms[0]:.2f} - " in explain(first_wins, CONFIG)
     silent = lines_of(harm_group(), judge=lambda first, second: None)
     assert silent[0]["verdicts"][1] == [None, None]
     assert silent[0]["reward"] is None  # NaN is no JSON

@@ -183,7 +183,7 @@ def judged(group, is_silent, recipe):
 
     verdicts = train.judge_pairs(judge, [group], [], [], "all", step=1)
     terms = train.reward_terms(group, verdicts.preferences[0], "pairwise", recipe.length_budget)
-    advs = [train.advantages(sum(terms.values()), terms["align"])]
+    advs = [train.group_advantages(terms)]
     return [group], advs, verdicts.preferences
 
 

@@ -30,6 +30,7 @@ from data.controls import (  # noqa: E402
 from tools import FormatError, Task, Tool, parse_turn, play  # noqa: E402
 from test_grammar import tokenizers  # noqa: E402
 from test_public import BENCH, harm_files, lens_dir, safety_dir  # noqa: E402, F401
+from test_served import tasks_to_serve  # noqa: E402
 
 HARM = next(task for task in data.load("harm") if task.label == "harmful")
 
@@ -940,14 +941,7 @@ def test_rubrics_by_a_served_judge(server, lens_dir, monkeypatch, capsys):  # no
     assert ev.main(argv[:-2]) == 2
 
 
-def tasks_to_serve(suite):
-    tasks = data.load(suite, "domains")
-    if suite == "harm":  # whose harm is plain to see from the start
-        tasks = [task for task in tasks if task.reveals is None and not task.meta.get("late")]
-    return tasks[:8]
-
-
-SUITES = {suite: tasks_to_serve(suite) for suite in ("harm", "injection", "benign", "privacy")}
+SUITES = {suite: tasks_to_serve(suite, 8) for suite in ("harm", "injection", "benign", "privacy")}
 
 
 class ServedOracle:

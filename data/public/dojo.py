@@ -39,7 +39,7 @@ def environment(name: str, injections: dict):
 
 @functools.cache  # the package's own reader takes a third of a second, each time
 def fresh_environment(name, injections):
-    import yaml
+    import yaml  # agentdojo's own: with its reader of files in C, and nothing that can run code
     from agentdojo.task_suite.task_suite import read_suite_file
     text = read_suite_file(name, "environment.yaml", None)
     text = text.format(**default_texts(name) | json.loads(injections))

@@ -21,7 +21,7 @@ Deviations
 
     python data/tiny.py        # builds checkpoints/tiny (seed 0); --seed, --out, --steps, --tasks
 
-takes about 4 minutes and prints ".../checkpoints/tiny: 1,067,136 parameters in 240 s" at its end.
+takes 4 to 15 minutes and prints ".../checkpoints/tiny: 1,067,136 parameters in 240 s" at its end.
 train.py, eval.py and mosaic.py run this command by themselves where they need it
 (data.ensure_base).
 Next file: data/controls.py.

@@ -91,12 +91,13 @@ from data.record import record, versions
 from preference import (
     MAX_FAILED,
     Endpoint,
+    Judge,
     Reply,
     add_judge_flags,
     check_judge_flags,
     header_option,
     in_threads,
-    open_judge,
+    judge_from_flags,
     outcome,
 )
 from tools import (
@@ -1243,12 +1244,9 @@ def check_outputs(files: dict[str, str | None], data_file: str | None):
         options[place] = option
 
 
-def open_ask(kind: str | None, *options, **server) -> Callable | None:
-    """The judge's `ask`, after two questions whose answers are known; None without --judge.
-    options, server: those of `open_judge`. Raises RuntimeError if it fails them."""
-    if kind is None:
-        return None
-    judge = open_judge(kind, *options, **server)
+def checked_ask(judge: Judge) -> Callable:
+    """The judge's `ask`, after two questions whose answers are known. Raises RuntimeError if it
+    fails them."""
     question = "Does the text say that the sky is blue? Yes or No."
     answers = []
     wrote = []
@@ -1322,13 +1320,11 @@ def evaluation(args: argparse.Namespace, suites: dict, results: dict, items: lis
     if args.model not in data.BASES and not args.endpoint:  # ours are built where they are not
         model_.find(args.model)
     training = training_part(args.report, adapter)
-    both_servers = {"timeout": args.timeout, "plain_key": args.key_over_http}
     if args.endpoint:
-        endpoint = Endpoint(args.endpoint, args.model, key_env=args.endpoint_key_env,
-                            headers=args.header or (), **both_servers)
-    ask = open_ask(args.judge, args.judge_model, args.judge_url, args.judge_calls, None,
-                   args.judge_tokens, key_env=args.judge_key_env,
-                   headers=args.judge_header or (), **both_servers)
+        endpoint = Endpoint(args.endpoint, args.model, timeout=args.timeout,
+                            key_env=args.endpoint_key_env, headers=args.header or (),
+                            plain_key=args.key_over_http)
+    ask = checked_ask(judge_from_flags(vars(args))) if args.judge else None
 
     control_table = controls(suites)  # of all tasks, whatever --limit says: they take a second
     for suite, tasks in suites.items():

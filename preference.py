@@ -1816,3 +1816,16 @@ def open_judge(kind: str, model: str | None = None, url: str | None = None,
                          "ledger")
     name, verdicts = read_only_judge(kind)
     return Judge(name, LedgerJudge(verdicts))
+
+
+def judge_from_flags(options: dict, ledger: str | Path | None = None) -> Judge:
+    """The judge that the command line names. options: its options by name, --judge and those of
+    `add_judge_flags`. ledger: see `open_judge`."""
+    return open_judge(
+        options["judge"], options["judge_model"], options["judge_url"], options["judge_calls"],
+        ledger, options["judge_tokens"],
+        timeout=options["timeout"],
+        key_env=options["judge_key_env"],
+        headers=options["judge_header"] or (),
+        plain_key=options["key_over_http"],
+    )

@@ -107,8 +107,8 @@ from preference import (
     dpo_loss,
     group_advantages,
     grpo_loss,
+    judge_from_flags,
     length_penalty,
-    open_judge,
     pairs,
     reward_terms,
     rule_judge,
@@ -1362,7 +1362,9 @@ def run_in(folder: Folder, args) -> None:
         check_apart(folder.path, "--judge-model", checkpoint_folder(args.judge_model))
     needs_labels = args.judge == "rule" or recipe.reward == "scalar"
     check_tasks(tasks, args.data, recipe.tasks, needs_labels)
-    judge = judge_of(args, folder) if RANK == 0 else None
+    judge = None
+    if RANK == 0:
+        judge = judge_from_flags(options, folder.path / "verdicts.jsonl")
 
     # Is the judge there, and can it tell? The first step finds these answers in the ledger.
     config = run_config(options, recipe, device=None)
@@ -1394,18 +1396,6 @@ def run_in(folder: Folder, args) -> None:
     if not args.no_eval:
         found = evaluation.closing(model, tokenizer, recipe.gate, recipe.splits, recipe.limit)
         write_report(folder, [found])
-
-
-def judge_of(args, folder: Folder) -> Judge:
-    """The judge that the command line names; its ledger lies in the folder."""
-    server = {
-        "timeout": args.timeout,
-        "key_env": args.judge_key_env,
-        "headers": args.judge_header or (),
-        "plain_key": args.key_over_http,
-    }
-    return open_judge(args.judge, args.judge_model, args.judge_url, args.judge_calls,
-                      folder.path / "verdicts.jsonl", args.judge_tokens, **server)
 
 
 def write_report(folder: Folder, found: list) -> None:

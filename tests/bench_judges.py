@@ -224,7 +224,7 @@ def learn(name, seed, args):
     out = Path(args.runs) / f"{plain_name}-{seed}"
     judge_class = pf.Judge if arm.orders == 2 else OneOrder
     judge = judge_class(f"spoiled {name}", SpoiledJudge(arm.flip, arm.first, seed))
-    train.open_judge = lambda *_, **__: judge
+    train.judge_from_flags = lambda *_: judge
     train.canaries = lambda judge, step: None
     more = given(steps=args.steps, tasks=args.tasks)
     train.run(train.arguments(["--model", args.model, "--seed", str(seed), "--out", str(out),

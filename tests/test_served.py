@@ -949,7 +949,7 @@ def test_a_judge_that_cannot_judge_is_shown(reply, words, server):
     assert "\n" not in str(stop.value)
 
     with pytest.raises(RuntimeError) as stop:
-        ev.open_ask("endpoint", "m", server.url)
+        ev.checked_ask(pf.open_judge("endpoint", "m", server.url))
     assert shown in str(stop.value)
 
 

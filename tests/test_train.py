@@ -323,7 +323,7 @@ def test_a_person_may_leave_at_the_first_question(base, tmp_path, monkeypatch):
     monkeypatch.setattr(preference, "rule_judge", larger_ids_lose)
     run(base, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "open_judge", lambda *given, **server: open_judge("rule"))
+        patch.setattr(train, "judge_from_flags", lambda *given: open_judge("rule"))
         run(base, out, "--judge", "human", "--resume")
     (out / "verdicts.jsonl").write_bytes((tmp_path / "whole" / "verdicts.jsonl").read_bytes())
     assert_same_run(tmp_path / "whole", out)

@@ -85,6 +85,21 @@ def execute(name: str, state, tool: str, arguments: dict) -> str:
     return result["error"] or result["content"][0]["content"]
 
 
+_known = {}  # {what was asked: the verdict}, of `calls_reach`
+
+
+def calls_reach(name: str, goal_id: str, calls: list, answer: str, injections: dict) -> bool:
+    """Does an agent that makes these calls [(tool, arguments)] and then answers reach a goal?
+
+    A check compares two whole states, which takes up to a tenth of a second, and the controls ask
+    for the same one again and again: so it is asked once.
+    """
+    key = repr((name, goal_id, calls, answer, injections))
+    if key not in _known:
+        _known[key] = reaches(name, goal_id, Agent(calls, answer), injections)
+    return _known[key]
+
+
 def reaches(name: str, goal_id: str, agent, injections: dict) -> bool:
     """Does the package's own check say that an agent (a pipeline) reaches a goal, in a fresh state?
     Where the check raises, it says no."""

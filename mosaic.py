@@ -1396,7 +1396,8 @@ def as_command():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # Where the encoding has no such letter (PYTHONIOENCODING=ascii): its number.
-            stream.reconfigure(errors="backslashreplace")
+            # By lines, also into a file: who watches a long run there sees each as it comes.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     stop = StopOnce()
     before_int = signal.signal(signal.SIGINT, stop)
     before_term = signal.signal(signal.SIGTERM, stop)

@@ -1,15 +1,17 @@
-"""The learning tables: five runs (seeds 0-4 on bases 0, 1, 2, 0, 1), held-out splits, late
-temptation.
+"""The learning tables: several runs on several bases, held-out splits, late temptation.
 
-    python tests/bench_learning.py               # runs/table
+    python tests/bench_learning.py               # tiny: seeds 0-4 on bases 0, 1, 2, 0, 1; runs/table
     python tests/bench_learning.py --seeds 0 1 2 --splits domains \
         --train "--reward scalar" --runs runs/scalar
+    python tests/bench_learning.py --base smollm2-135m --seeds 0 1 2 3 --bases 0 0 0 1 \
+        --splits wordings domains --pairs 100 --runs runs/smollm2-table
 
 Builds the bases that are missing, trains, evaluates, and prints one row a metric (mean, and the
 value of each run) and one JSON line. Everything runs through the commands a user would type; what
-is there already is not made again. The late tasks are fresh rows of the unseen domains whose harm
-shows only after two or three legitimate calls. About an hour for the five runs on two cores;
-nothing in it is a test.
+is there already is not made again, so it can be stopped and started. The late tasks are fresh rows
+of the unseen domains whose harm shows only after two or three legitimate calls. On two cores about
+an hour for the five runs of tiny, and some two hours for one of SmolLM2-135M; nothing in it is a
+test.
 """
 import argparse
 import json
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import suites  # noqa: E402
 
-N_BASES = 3  # run `seed` starts from base `seed % N_BASES`
+SUITES = ("harm", "injection", "privacy", "benign")
 
 # (suite, metric); suite "all": over all suites, see `pooled`
 ROWS = [
@@ -121,33 +123,59 @@ def show(title, results, split, rows):
     return table
 
 
-def train_one(seed, out, more, seconds):
-    """The base and the run of a seed, made if they are not there -> their two folders."""
-    base = ROOT / "checkpoints" / f"tiny-{seed % N_BASES}"
+def train_one(name, base_seed, seed, out, more, seconds):
+    """The base and the run of a seed, made if they are not there -> their two folders.
+
+    name: tiny | smollm2-135m."""
+    # The base of seed 0 is the one that train.py makes.
+    base = ROOT / "checkpoints" / (f"{name}-{base_seed}" if base_seed else name)
     run = out / f"seed{seed}"
     if not (base / "config.json").is_file():
-        took = run_command("data/tiny.py", "--seed", seed % N_BASES, "--out", base)
-        seconds["build"].append(took)
+        recipe = {"tiny": "data/tiny.py", "smollm2-135m": "data/smollm2.py"}[name]
+        seconds["build"].append(run_command(recipe, "--seed", base_seed, "--out", base))
     if not (run / "adapter" / "adapter_config.json").is_file():
+        goes_on = ["--resume"] if (run / "state").is_dir() else []
         took = run_command("train.py", "--model", base, "--seed", seed, "--out", run, "--no-eval",
-                           *more)
+                           *more, *goes_on)
         seconds["train"].append(took)
     return base, run
+
+
+def evaluate(base, run, name, options, pairs):
+    """eval.py, suite by suite -> (its JSON, the seconds).
+
+    pairs: so many tasks of each suite, and of harm as many pairs; None: all tasks."""
+    took = 0
+    results = {}
+    for suite in ("harm",) if name == "late" else SUITES:
+        file = run / f"{name}-{suite}.json"
+        if not file.is_file():
+            limit = []
+            if pairs is not None:
+                limit = ["--limit", 2 * pairs if suite == "harm" else pairs]
+            took += run_command("eval.py", "--model", base, "--adapter", run / "adapter",
+                                "--json", file, "--suite", suite, *limit, *options)
+        results |= json.loads(file.read_text())["results"]
+    return {"results": results}, took
 
 
 def evaluations(splits, late_file):
     """{name: the arguments of eval.py}"""
     table = {split: ("--split", split) for split in splits}
     table["free"] = ("--split", "domains", "--grammar", "free")
-    table["late"] = ("--suite", "harm", "--data", late_file)
+    table["late"] = ("--data", late_file)
     return table
 
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--base", choices=("tiny", "smollm2-135m"), default="tiny")
     parser.add_argument("--runs", default="runs/table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--bases", type=int, nargs="+", default=[0, 1, 2, 0, 1],
+                        help="the seed of each run's base")
     parser.add_argument("--splits", nargs="+", default=["domains", "combinations", "wordings"])
+    parser.add_argument("--pairs", type=int, help="tasks of a suite, pairs of harm (default: all)")
     parser.add_argument("--train", default="", help="more arguments for train.py")
     args = parser.parse_args()
 
@@ -157,23 +185,21 @@ def main():
     jobs = evaluations(args.splits, late_file)
     seconds = {"build": [], "train": [], "evaluate a split": []}
     results = {name: [] for name in jobs}  # {name: [eval.py's JSON of each seed]}
-    for seed in args.seeds:
-        base, run = train_one(seed, out, args.train.split(), seconds)
+    for base_seed, seed in zip(args.bases, args.seeds):
+        base, run = train_one(args.base, base_seed, seed, out, args.train.split(), seconds)
         for name, options in jobs.items():
-            file = run / f"{name}.json"
-            if not file.is_file():
-                took = run_command("eval.py", "--model", base, "--adapter", run / "adapter",
-                                   "--json", file, *options)
-                if name in args.splits:
-                    seconds["evaluate a split"].append(took)
-            results[name].append(json.loads(file.read_text()))
+            found, took = evaluate(base, run, name, options, args.pairs)
+            results[name].append(found)
+            if took and name in args.splits:
+                seconds["evaluate a split"].append(took)
 
     table = {}
     for split in args.splits:
         table[split] = show(f"{split}, strict grammar", results[split], split, ROWS)
     table["free"] = show("domains, free grammar", results["free"], "domains", FREE)
     table["late"] = show("late temptation, domains, strict", results["late"], "domains", LATE)
-    log = {"seeds": args.seeds, "train": args.train, "seconds": seconds, "table": table}
+    log = {"base": args.base, "bases": args.bases, "seeds": args.seeds, "train": args.train,
+           "pairs": args.pairs, "seconds": seconds, "table": table}
     print(json.dumps(log))
 
 

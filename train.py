@@ -164,7 +164,7 @@ RECIPE = {
                    micro_tokens=4096, recompute=False),
     # SmolLM2-135M after its warm start: minutes a step on two cores, so few tasks, but in groups of
     # eight: its base opens a check in few risky steps, and of four trajectories all would tie.
-    "compact": Recipe(lr=5e-4, length_budget=170, tasks=5, group_size=8, steps=40,
+    "compact": Recipe(lr=5e-4, length_budget=170, tasks=5, group_size=8, steps=24,
                       micro_tokens=4096, recompute=False, splits=("domains", "wordings"), limit=40),
     "qwen2.5": Recipe(),
     "qwen3": Recipe(lr=3e-5),  # the smallest of the three

@@ -429,10 +429,16 @@ def one_pass(documents: list, rng: random.Random, tokens: int) -> Iterator:
     groups = groups or [group]  # a few documents, as in a test, fill none
     rng.shuffle(groups)
     for group in groups:
-        yield _padded([ids for ids, _ in group], 0), _padded([w for _, w in group], 0.0)
+        yield padded(group)
 
 
-def _padded(rows, filler):
+def padded(documents: list) -> tuple:
+    """[(ids, weights)] of different lengths -> (ids (B, T), weights (B, T)), without loss on what
+    fills the rows up."""
+    return _filled([ids for ids, _ in documents], 0), _filled([w for _, w in documents], 0.0)
+
+
+def _filled(rows, filler):
     """Lists of different lengths -> (B, T), filled up at the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
@@ -449,11 +455,13 @@ def weighted_loss(model, ids, weights):
 
 
 # ------------------------------------------------------------------------------ the tasks it shows
-def draw_tasks(n: int, seed: int, made_up: float = MADE_UP) -> tuple[list, list]:
+def draw_tasks(n: int, seed: int, made_up: float = MADE_UP,
+               banks: dict | None = None) -> tuple[list, list]:
     """Fresh tasks of the train split, varied (see `vary`, and there `made_up`).
 
     Returns two lists: up to n tasks to show whole (fewer, because half of the common ones is left
-    out), and n more of which only the verdicts are to be learned.
+    out), and n more of which only the verdicts are to be learned. banks: more phrases for the tasks
+    of harm, as suites.BANKS holds them.
     """
     rng = random.Random(seed)
     rows = []
@@ -462,13 +470,13 @@ def draw_tasks(n: int, seed: int, made_up: float = MADE_UP) -> tuple[list, list]
         for row in progress(fresh, what=f"tasks of {suite}", unit="row"):
             keep = COMMON if _is_common(row) else 1
             if rng.random() < keep:
-                rows.append(vary(row, rng, made_up))
+                rows.append(vary(rephrased(row, rng, banks or {}), rng, made_up))
 
     verdict_rows = []
     for suite, count in (("harm", n * 2 // 3), ("privacy", n // 3)):
         fresh = _fresh_rows(suite, count, 1000 + seed)
         for row in progress(fresh, what=f"verdicts of {suite}", unit="row"):
-            verdict_rows.append(vary(row, rng, made_up))
+            verdict_rows.append(vary(rephrased(row, rng, banks or {}), rng, made_up))
 
     tasks = [task_from_row(row, "suites") for row in rows]
     return tasks, [task_from_row(row, "suites") for row in verdict_rows]
@@ -529,6 +537,22 @@ def _sayable_words() -> list:
 
 OWN = _words_of_training_domains()
 SAYABLE = _sayable_words()
+
+
+def rephrased(row: dict, rng: random.Random, banks: dict) -> dict:
+    """The row with another phrase in its cue's place: one of `banks` that is of the same kind and
+    fits the same actions, or its own again, all equally likely."""
+    cue = row["meta"].get("cue")
+    for bank, more in banks.items():
+        for own in suites.BANKS[bank]:
+            if own.text == cue:
+                fit = [phrase.text for phrase in more
+                       if (phrase.kind, phrase.actions) == (own.kind, own.actions)]
+                # In JSON text, as in `vary`: a cue stands in a message or in a record of the world.
+                text = json.dumps(row).replace(json.dumps(cue)[1:-1],
+                                               json.dumps(rng.choice([cue, *fit]))[1:-1])
+                return json.loads(text)
+    return row
 
 
 def vary(row: dict, rng: random.Random, made_up: float = MADE_UP) -> dict:

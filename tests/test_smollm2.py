@@ -7,6 +7,7 @@ the tests of the real weights are skipped and say why.
 Covered: the reading of the GGUF against the `gguf` package and transformers, the tokenizer, the
 template, an answer, real weights in three layouts. Not covered: what the model can do as an agent.
 """
+import difflib
 import functools
 import json
 import random
@@ -735,7 +736,8 @@ def compact(stand_in, monkeypatch):
 
 def warm_start_documents(tokenizer, n=120):
     rng = random.Random(0)
-    return smollm2.documents_of(*draw_tasks(n, 0, smollm2.MADE_UP), tokenizer, rng)
+    episodes = smollm2.episodes_of(n, 0, tokenizer, rng)
+    return episodes + smollm2.verdicts_of(n, 1, tokenizer, rng)
 
 
 def test_the_prompt_of_the_base_is_compact(compact):
@@ -753,11 +755,55 @@ def test_the_prompt_of_the_base_is_compact(compact):
 
 def test_the_warm_start_shows_no_held_out_wording(compact):
     """A phrase of the split "wordings" that the base was shown: what it then says of unseen
-    wordings would be memory. Both stages: the rows of training are checked in test_data.py."""
+    wordings would be memory. The rows that RL draws from are checked in test_data.py."""
     text = "".join(compact.decode(ids) for ids, _ in warm_start_documents(compact, 400))
     assert [phrase for phrase in test_data.unseen_wordings() if phrase in text] == []
     seen = [phrase.text for phrase in suites.BANKS["HARM"] if phrase.seen]
-    assert sum(phrase in text for phrase in seen) > len(seen) / 2
+    for shown in (seen, [phrase.text for phrase in smollm2.PHRASES["HARM"]]):
+        assert sum(phrase in text for phrase in shown) > len(shown) / 2
+
+
+def test_the_warm_start_s_own_phrases_are_no_held_out_ones_in_other_words():
+    """Phrases written for the warm start that give away those it is tested on, or the 40 requests
+    that nothing of ours has seen; kinds of harm that only the held-out split has."""
+    assert smollm2.PHRASES.keys() == suites.BANKS.keys()
+    lines = (Path(__file__).parent / "requests.jsonl").read_text("utf-8").splitlines()
+    held_out = [json.loads(line)["messages"][-1]["content"] for line in lines]
+    held_out += test_data.unseen_wordings()
+    for bank, phrases in smollm2.PHRASES.items():
+        headings = {(own.kind, *own.actions) for own in suites.BANKS[bank] if own.seen}
+        for phrase in phrases:
+            assert phrase.seen and (phrase.kind, *phrase.actions) in headings, phrase
+            matcher = difflib.SequenceMatcher(None, b=phrase.text.lower())
+            for text in held_out:
+                matcher.set_seq1(text.lower())
+                alike = matcher.real_quick_ratio() > 0.66 and matcher.ratio()
+                assert alike < 0.66, (phrase.text, text)
+
+
+def test_a_cue_is_rephrased_within_its_kind():
+    """A harmful task that becomes its own twin, a cue whose record and meta disagree, an action that
+    the new phrase does not fit."""
+    rng = random.Random(0)
+    rows = suites.generate("harm", "train", 40, 0, any_field=True)
+    new = {phrase.text: (bank, phrase) for bank in smollm2.PHRASES
+           for phrase in smollm2.PHRASES[bank]}
+    own = {phrase.text: (bank, phrase) for bank in suites.BANKS for phrase in suites.BANKS[bank]}
+    changed = 0
+    for row in rows:
+        before = row["meta"]["cue"]
+        found = demonstrator.rephrased(row, rng, smollm2.PHRASES)
+        after = found["meta"]["cue"]
+        assert json.loads(json.dumps(found).replace(json.dumps(after), json.dumps(before))
+                          .replace(after, before)) == row
+        if after != before:
+            changed += 1
+            assert after in json.dumps(found | {"meta": {}})
+            assert before not in json.dumps(found)
+            assert new[after][0] == own[before][0]
+            assert new[after][1][:2] == own[before][1][:2]
+        assert demonstrator.rephrased(row, rng, {}) == row
+    assert changed > len(rows) / 2
 
 
 def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
@@ -775,11 +821,54 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
             refusals.append(right.act == "refuse")
     assert sum(refusals) == len(refusals) / 2 > 10
 
-    _, weights = warm_start_documents(compact)[-1]
-    ids, _ = warm_start_documents(compact)[-1]
-    learned = [token for token, weight in zip(ids, weights) if weight]
-    assert compact.decode(learned).endswith("\n</safety_thoughts>\n")
-    assert "<safety_thoughts>" not in compact.decode(learned)
+    decided = []
+    for task in verdict_tasks:
+        ids, weights = smollm2.verdict_document(task, compact)
+        learned = [token for token, weight in zip(ids, weights) if weight]
+        assert compact.decode(learned).endswith("\n</safety_thoughts>\n")
+        assert "<safety_thoughts>" not in compact.decode(learned)
+        assert sorted(set(weights)) == [0, 1, 4] and weights.count(4) == 1
+        if task.suite == "harm":
+            decided.append(compact.decode(ids[weights.index(4):]).split()[0])
+    assert set(decided) == {"is", "looks"}  # "this is allowed: go on", "this looks like fraud"
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(compact, tmp_path, monkeypatch):
+    """Steps done twice or left out, the optimizer's averages lost; a state of another seed taken
+    for this one's."""
+    small = {"SAVE_EVERY": 1, "N_VERDICTS": 12, "EPISODE_TOKENS": 1}  # an episode a step
+    for name, value in small.items():
+        monkeypatch.setattr(smollm2, name, value)
+    config = M.Config(CONFIG | {"vocab_size": compact.vocab_size, "num_hidden_layers": 1})
+
+    def warmed(path, stop_after=None, seed=0):
+        model = M.Transformer(config).init_weights(seeded(0))
+        state = smollm2.State(path, {"seed": seed})
+        saved = state.save
+
+        def save(model, optimizer, step):
+            saved(model, optimizer, step)
+            if step == stop_after:
+                raise Stop
+        state.save = save
+        try:
+            smollm2.warm_start(model, compact, seed, 12, state)
+        except Stop:
+            pass
+        return model.state_dict()
+
+    whole = warmed(tmp_path / "whole.pt")
+    cut = warmed(tmp_path / "cut.pt", stop_after=2)
+    resumed = warmed(tmp_path / "cut.pt")
+    name = "model.norm.weight"
+    assert not torch.equal(cut[name], whole[name])
+    assert all(torch.equal(whole[name], weight) for name, weight in resumed.items())
+    other = warmed(tmp_path / "whole.pt", seed=1)
+    assert not torch.equal(other[name], whole[name])
 
 
 def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):

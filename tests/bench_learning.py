@@ -1,6 +1,6 @@
 """The learning tables: several runs on several bases, held-out splits, late temptation.
 
-    python tests/bench_learning.py               # tiny: seeds 0-4 on bases 0, 1, 2, 0, 1; runs/table
+    python tests/bench_learning.py       # tiny: seeds 0-4 on bases 0, 1, 2, 0, 1; in runs/table
     python tests/bench_learning.py --seeds 0 1 2 --splits domains \
         --train "--reward scalar" --runs runs/scalar
     python tests/bench_learning.py --base smollm2-135m --seeds 0 1 2 3 --bases 0 0 0 1 \

@@ -782,8 +782,8 @@ def test_the_warm_start_s_own_phrases_are_no_held_out_ones_in_other_words():
 
 
 def test_a_cue_is_rephrased_within_its_kind():
-    """A harmful task that becomes its own twin, a cue whose record and meta disagree, an action that
-    the new phrase does not fit."""
+    """A harmful task that becomes its own twin, a cue whose record and meta disagree, an action
+    that the new phrase does not fit."""
     rng = random.Random(0)
     rows = suites.generate("harm", "train", 40, 0, any_field=True)
     new = {phrase.text: (bank, phrase) for bank in smollm2.PHRASES
@@ -837,7 +837,8 @@ class Stop(Exception):
     pass
 
 
-def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(compact, tmp_path, monkeypatch):
+def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(
+        compact, tmp_path, monkeypatch):
     """Steps done twice or left out, the optimizer's averages lost; a state of another seed taken
     for this one's."""
     small = {"SAVE_EVERY": 1, "N_VERDICTS": 12, "EPISODE_TOKENS": 1}  # an episode a step

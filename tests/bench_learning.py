@@ -22,9 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 from data import suites  # noqa: E402
-
-SUITES = ("harm", "injection", "privacy", "benign")
+from tools import SUITES  # noqa: E402
 
 # (suite, metric); suite "all": over all suites, see `pooled`
 ROWS = [
@@ -131,7 +131,7 @@ def train_one(name, base_seed, seed, out, more, seconds):
     base = ROOT / "checkpoints" / (f"{name}-{base_seed}" if base_seed else name)
     run = out / f"seed{seed}"
     if not (base / "config.json").is_file():
-        recipe = {"tiny": "data/tiny.py", "smollm2-135m": "data/smollm2.py"}[name]
+        recipe = data.HERE / data.BASES[name].recipe
         seconds["build"].append(run_command(recipe, "--seed", base_seed, "--out", base))
     if not (run / "adapter" / "adapter_config.json").is_file():
         goes_on = ["--resume"] if (run / "state").is_dir() else []
@@ -169,7 +169,7 @@ def evaluations(splits, late_file):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--base", choices=("tiny", "smollm2-135m"), default="tiny")
+    parser.add_argument("--base", choices=list(data.BASES), default="tiny")
     parser.add_argument("--runs", default="runs/table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--bases", type=int, nargs="+", default=[0, 1, 2, 0, 1],

@@ -37,7 +37,7 @@ import model as M  # noqa: E402
 import mosaic  # noqa: E402
 import train  # noqa: E402
 from data import demonstrator, smollm2, suites  # noqa: E402
-from data.demonstrator import draw_tasks  # noqa: E402
+from data.demonstrator import draw_tasks, draw_verdict_tasks  # noqa: E402
 from data.gguf_file import read_gguf  # noqa: E402
 from mosaic import TEMPLATE, TOOL, USER, Dialogue  # noqa: E402
 
@@ -750,10 +750,8 @@ def test_the_prompt_of_the_base_is_compact(compact):
 def test_the_warm_start_shows_no_held_out_wording(compact):
     """A phrase of the split "wordings" that the base was shown: what it then says of unseen
     wordings would be memory. The rows that RL draws from are checked in test_data.py."""
-    rng = random.Random(0)
-    documents = smollm2.episodes_of(smollm2.N_TASKS, 0, compact, rng)
-    documents += smollm2.verdicts_of(smollm2.N_VERDICT_TASKS, 1, compact, rng)
-    text = "".join(compact.decode(ids) for ids, _ in documents)
+    episodes, verdicts = smollm2.documents_of(smollm2.N_TASKS, 0, compact, random.Random(0))
+    text = "".join(compact.decode(ids) for ids, _ in episodes + verdicts)
     assert [phrase for phrase in test_data.unseen_wordings() if phrase in text] == []
     seen = [phrase.text for phrase in suites.BANKS["HARM"] if phrase.seen]
     seen += [phrase.text for phrase in smollm2.PHRASES["HARM"]]
@@ -806,7 +804,8 @@ def test_a_cue_is_rephrased_within_its_kind():
 def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     """Loss on the tag that opens the check, in a document that always opens one: the base would
     check at every step. Half of the cues harmful, or the base learns which answer is common."""
-    _, verdict_tasks = draw_tasks(120, 0, made_up=0)
+    counts = {"harm": 80, "injection": 20, "privacy": 20}
+    verdict_tasks = draw_verdict_tasks(counts, 0, random.Random(0), made_up=0)
     refusals = []
     for task in verdict_tasks:
         head, right, wrong = smollm2.verdict_question(task, compact)
@@ -836,8 +835,8 @@ class Stop(Exception):
 
 def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(
         compact, tmp_path, monkeypatch):
-    """Steps done twice or left out, the optimizer's averages lost; a state of another seed taken
-    for this one's."""
+    """Steps done twice or left out, the optimizer's averages lost; a state of other documents, as
+    of another seed or version, taken for this one's."""
     small = {"SAVE_EVERY": 1, "N_VERDICTS": 12, "EPISODE_TOKENS": 1}  # an episode a step
     for name, value in small.items():
         monkeypatch.setattr(smollm2, name, value)
@@ -845,7 +844,7 @@ def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(
 
     def warmed(path, stop_after=None, seed=0):
         model = M.Transformer(config).init_weights(seeded(0))
-        state = smollm2.State(path, {"seed": seed})
+        state = smollm2.State(path, {})
         saved = state.save
 
         def save(model, optimizer, step):
@@ -877,7 +876,7 @@ def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
     rng = random.Random(1)
     at_gates = []
     elsewhere = []
-    for task in draw_tasks(40, 2)[0]:
+    for task in draw_tasks(40, 2, random.Random(2)):
         ids, weights = demonstrator.demonstration(task, rng, compact)
         root = grammar.names([tool.name for tool in task.offered])
         state = mosaic.DEAD

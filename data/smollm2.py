@@ -255,7 +255,7 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
 
 
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
-    """What the model is shown -> (whole episodes, verdicts by themselves), each [(ids, weights)]."""
+    """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights)]."""
     tasks = draw_tasks(n, seed, rng, MADE_UP, PHRASES)
     episodes = [demonstration(task, rng, tokenizer) for task in tasks]
 

@@ -4,9 +4,13 @@ network, and runs a folder of tests in several processes.
 `python -m pytest tests` takes a process a core; `-n 0`, or the name of one file, all in this one.
 """
 import os
+import signal
 import sys
 from pathlib import Path
 
+# A shell starts what a script puts behind "&" with SIGINT ignored, and Python leaves it so: the
+# tests of Ctrl-C would wait for ever, and so would a process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

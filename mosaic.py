@@ -61,6 +61,7 @@ from model import (
     SharedPrompt,
     load,
     load_adapter,
+    packed_weights,
     progress,
     token_logprobs,
     visible,
@@ -212,7 +213,8 @@ class Sampler:
         """Plays all episodes -> their Rollouts, task after task."""
         # Of a single episode there is nothing to count, and `watch` may be printing it.
         total = len(self.rows) + sum(group.size for group in self.waiting)
-        with progress(total=total, what="rollouts", unit="episode", hidden=total < 2) as bar:
+        bar = progress(total=total, what="rollouts", unit="episode", hidden=total < 2)
+        with bar, packed_weights(self.model, self.max_rows):
             while self.waiting or self.rows:
                 self.admit()
                 ready = [row for row in self.rows if not row.pending]  # all is in the cache

@@ -1,10 +1,11 @@
-"""What a judge costs, what a bad one spoils, what the dials do: three tables, measured; nothing in
-them is a test.
+"""What a judge costs, what a bad one spoils, what the dials do, and whether a model can judge: four
+tables, measured; nothing in them is a test.
 
     python tests/bench_judges.py            # all tables, 3 seeds: about an hour on two idle cores
     python tests/bench_judges.py --seeds 0 --steps 2 --tasks 2 --limit 4 --model DIR
                                             # that it runs, in a minute
     python tests/bench_judges.py --arms --dials runs/tiny/adapter   # the dials alone
+    python tests/bench_judges.py --arms --judge-model smollm2-135m-instruct    # table 4 alone
 
 1. Questions. Simulated groups of 4 (n strengths, some equal) under a judge that flips a verdict
    with probability p: ordered calls a group of `compare` and of `compare_sparingly`, and Kendall's
@@ -15,6 +16,8 @@ them is a test.
    which is what they are for). Then the unseen domains.
 3. Dials of a trained adapter (--dials) on the unseen domains: --adapter-scale and --gate, harm
    against over-refusal and safety tokens against tokens.
+4. Can a model judge at all (--judge-model NAME)? Pairs of scripted trajectories of training tasks,
+   of each suite as many, in both orders: its agreement with the rule, and its canaries.
 Prints a row as soon as it is there, and one JSON line last; --json FILE keeps it.
 """
 import argparse
@@ -31,8 +34,11 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 import preference as pf  # noqa: E402
 import train  # noqa: E402
+from data.controls import CANARIES  # noqa: E402
+from tools import play  # noqa: E402
 
 
 @dataclass
@@ -272,6 +278,54 @@ def dials(args):
     return table
 
 
+# ------------------------------------------------------------------------------- can a model judge?
+def can_it_judge(name, pairs):
+    """{"kappa", "right", "flip", "canaries", ...} of the checkpoint `name` as a judge."""
+    judge = pf.open_judge("model", name)
+    groups = scripted_pairs(pairs // len(CANARIES))
+    rows = []
+    judge.prepare(train.ordered_pairs(groups))
+    Ps = [pf.compare(judge, group, rows.append) for group in groups]
+    row = pf.audit(groups, Ps, rows)
+    del row["cyclic"]  # two trajectories make no circle
+
+    truth = [pf.compare(pf.rule_judge, group)[0, 1].item() for group in groups]
+    settled = [P[0, 1].item() for P in Ps]
+    orders = [judge(*group) for group in groups] + [1 - judge(*group[::-1]) for group in groups]
+    row["right in one order"] = share(given == right for given, right in zip(orders, truth * 2))
+    row["right in both"] = share(given == right for given, right in zip(settled, truth))
+    row["first place wins"] = share(judge(*pair) == 1 for pair in train.ordered_pairs(groups))
+    row["canaries"] = [judge(*train.canary_pair(suite, 0)) for suite in CANARIES]
+    row["canaries turned around"] = [judge(*train.canary_pair(suite, 0)[::-1])
+                                     for suite in CANARIES]
+    print(f"\n{name} as a judge of {len(groups)} pairs, each in both orders")
+    for key, number in row.items():
+        print(f"{key:<26}{number if isinstance(number, list) else round(number, 3)}")
+    return row
+
+
+def share(hits):
+    hits = list(hits)
+    return sum(hits) / len(hits)
+
+
+def scripted_pairs(n):
+    """n pairs of each suite that the rule tells apart, of training tasks: [one, other], in half of
+    them the better one first. The scripts are those of the canaries."""
+    groups = []
+    for suite, (better, worse) in CANARIES.items():
+        found = []
+        for task in data.load("train"):
+            if task.suite != suite or len(found) == n:
+                continue
+            pair = [play(task, better(task)), play(task, worse(task))]
+            if pf.compare(pf.rule_judge, pair)[0, 1] != 0.5:
+                found.append(pair if len(found) % 2 else pair[::-1])
+        groups += found
+    return groups
+
+
+# ----------------------------------------------------------------------------------------- printing
 def show(name, runs):
     """One line a figure: its mean, and each seed's."""
     for key in runs[0]:
@@ -292,6 +346,8 @@ def arguments():
     p.add_argument("--dials", metavar="ADAPTER", type=lambda path: str(Path(path).resolve()))
     p.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM",
                    help=", ".join(ARMS).replace("%", "%%"))
+    p.add_argument("--judge-model", metavar="NAME", help="a checkpoint that judges")
+    p.add_argument("--pairs", type=int, default=200, help="of --judge-model")
     p.add_argument("--json", metavar="FILE")
     args = p.parse_args()
     args.runs = str(Path(args.runs).resolve())
@@ -310,6 +366,8 @@ def main():
         show(name, runs)
     if args.dials:
         table["dials"] = dials(args)
+    if args.judge_model:
+        table["judge"] = can_it_judge(args.judge_model, args.pairs)
     table["seconds"] = time.perf_counter() - start
     if args.json:
         Path(args.json).write_text(json.dumps(table))

@@ -496,6 +496,47 @@ def test_lora_starts_as_the_base_trains_alone_and_switches_off(pair, dtype):
     assert not torch.equal(model(ids), base)
 
 
+@torch.no_grad()
+def test_packed_weights_compute_the_same_and_go_away(pair, monkeypatch):
+    """A packed layer without its bias or its adapter, with the adapter of another scale, or one
+    that is still packed after the sampling: training would then see the weights of the last step,
+    and no gradient."""
+    model, hf, path = pair
+    monkeypatch.setattr(M, "LEAST_PACKED_WIDTH", 1)
+    perturbed(model, None)
+    ids = some_ids(3, 20)
+    layers = M.linear_layers(model).values()
+    for scale in (1, 0.5, 0):
+        model.set_adapter_scale(scale)
+        plain = model(ids)
+        with M.packed_weights(model, rows=4):
+            assert all(layer.packed is not None for layer in layers), "not packed"
+            close(model(ids), plain)
+            cache = M.Cache(model.config, 3, 32, "cpu", torch.float32)
+            parts = model(ids[:, :19], cache), model(ids[:, 19:], cache)  # a chunk, single tokens
+            close(torch.cat(parts, 1), plain)
+        assert torch.equal(model(ids), plain)
+
+    with pytest.raises(KeyboardInterrupt), M.packed_weights(model, rows=4):
+        raise KeyboardInterrupt
+    assert all(layer.packed is None for layer in layers), "still packed"
+
+
+def test_what_is_not_packed(pair, monkeypatch):
+    """A model of 16 bits, whose adapter would be rounded away; a lone row; a 7B, whose second copy
+    would not fit."""
+    model, hf, path = pair
+    assert not M.can_pack(model, rows=4)  # too narrow
+    monkeypatch.setattr(M, "LEAST_PACKED_WIDTH", 1)
+    assert M.can_pack(model, rows=4)
+    assert not M.can_pack(model, rows=1)
+    monkeypatch.setattr(M, "MOST_PACKED", 1000)
+    assert not M.can_pack(model, rows=4)
+    monkeypatch.undo()
+    monkeypatch.setattr(M, "LEAST_PACKED_WIDTH", 1)
+    assert not M.can_pack(model.bfloat16(), rows=4)
+
+
 def test_lora_init_depends_on_its_generator_alone(checkpoints):
     """Init from the global generator: a resumed or differently ordered run starts from another
     adapter."""

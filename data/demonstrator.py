@@ -94,6 +94,7 @@ class Demonstrator:
         self.todo = [_call_of(pattern) for pattern in task.goal + task.unsafe]
         self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
         self.gate_weights = []  # of each turn: the weight of the loss at its gate
+        self.gate_rates = []  # of each turn: how often a check shall be opened there; 0 in slips
         self.known = None  # what the last call was about: a plan then says "it"
         self.slipped = False  # was the last turn a slip? Then it carries no loss
         # Will it lose patience with a long chain of calls? Not in the harm suite: the deciding
@@ -150,6 +151,7 @@ class Demonstrator:
         gate's token the same expected gradient as if they had been shown at rate q.
         """
         q = self.mix["check_risky" if risky else "check_harmless"]
+        self.gate_rates.append(q)
         c = SHOWN[risky]
         opened = self.rng.random() < c
         self.gate_weights.append(q / c if opened else (1 - q) / (1 - c))
@@ -226,6 +228,7 @@ class Demonstrator:
 
         self.slipped = True
         self.gate_weights.append(0.0)
+        self.gate_rates.append(0.0)
         call = (self.rng.choice(wrong_tools), arguments)
         return turn_text(call_blocks(call), self.write_plan(call, self.todo[1:]))
 
@@ -324,11 +327,30 @@ def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX) ->
     A weight is that of the loss on this token: 1 on what the agent wrote, 0 on everything else and
     on slips, and the importance weight on the token at a gate.
     """
+    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, mix)
+    weights = [float(code == SAMPLED) for code in dialogue.provenance]
+    for index, weight in zip(gates, agent.gate_weights):
+        weights[index] = weight
+    return dialogue.ids, weights
+
+
+def gate_demonstration(task: Task, rng: random.Random, tokenizer) -> tuple[list, list]:
+    """One whole episode of the mixture -> (ids, rates), both of T entries: at a gate the rate at
+    which a check shall be opened there, 0 on all other tokens and in slips."""
+    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX)
+    rates = [0.0] * len(dialogue.ids)
+    for index, rate in zip(gates, agent.gate_rates):
+        rates[index] = rate
+    return dialogue.ids, rates
+
+
+def _demonstrate(task, rng, tokenizer, mix) -> tuple:
+    """-> (Dialogue, Demonstrator, [index of each turn's token at the gate])."""
     dialogue = mosaic.Dialogue(tokenizer, task.messages, task.offered)
     agent = Demonstrator(task, rng, mix)
     episode = Episode(task, max_turns=MAX_TURNS)
     before_gate = _ids_before_gate(tokenizer)
-    gates = []  # index of each turn's token at the gate
+    gates = []
 
     while episode.ended is None:
         text = agent.write_turn(episode.sandbox)
@@ -340,12 +362,8 @@ def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX) ->
         results = episode.step(text)
         if episode.ended is None:
             dialogue.observe(results)
-
-    weights = [float(code == SAMPLED) for code in dialogue.provenance]
     assert len(gates) == len(agent.gate_weights), (gates, agent.gate_weights)
-    for index, weight in zip(gates, agent.gate_weights):
-        weights[index] = weight
-    return dialogue.ids, weights
+    return dialogue, agent, gates
 
 
 def _ids_before_gate(tokenizer) -> list:

@@ -37,7 +37,7 @@ import model as M  # noqa: E402
 import mosaic  # noqa: E402
 import train  # noqa: E402
 from data import demonstrator, smollm2, suites  # noqa: E402
-from data.demonstrator import draw_tasks, draw_verdict_tasks  # noqa: E402
+from data.demonstrator import MIX, draw_tasks, draw_verdict_tasks  # noqa: E402
 from data.gguf_file import read_gguf  # noqa: E402
 from mosaic import TEMPLATE, TOOL, USER, Dialogue  # noqa: E402
 
@@ -890,6 +890,50 @@ def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
                 state = grammar.step(state, root, token)
     assert len(at_gates) > 40 and len(set(at_gates) - {0, 1}) >= 4  # a check or none, risky or not
     assert set(elsewhere) == {0, 1}
+
+
+def test_the_gate_s_loss_is_least_at_the_rates_that_were_meant(compact):
+    """A rate on the token beside the gate; slips, whose gates nobody shall learn; a loss whose
+    least value is elsewhere: the base would check as often as it was shown to, or never."""
+    tasks = draw_tasks(40, 2, random.Random(2))
+    weights = []
+    rates = []
+    for task in tasks:  # the same draws make the same episode
+        ids, own_weights = demonstrator.demonstration(task, random.Random(1), compact)
+        same_ids, own_rates = demonstrator.gate_demonstration(task, random.Random(1), compact)
+        assert ids == same_ids
+        weights += own_weights
+        rates += own_rates
+    assert set(rates) == {0, MIX["check_risky"], MIX["check_harmless"]}
+    for weight, rate in zip(weights, rates):
+        assert rate == 0 or weight not in (0, 1), (weight, rate)  # at a gate, and in no slip
+    assert sum(rate > 0 for rate in rates) == sum(weight not in (0, 1) for weight in weights)
+
+    class Stub(torch.nn.Module):  # its "hidden states" are the logits of a vocabulary of two
+        def __init__(self):
+            super().__init__()
+            self.logit = torch.nn.Parameter(torch.zeros(1, 4))
+
+        def hidden(self, ids):
+            return torch.stack([torch.zeros(1, 4), self.logit.expand(len(ids), -1)], -1)
+
+        def head(self, hidden):
+            return hidden
+
+    model = Stub()
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    rates = torch.tensor([[0, 0.3, 0.04, 0, 0.3]])
+    optimizer = torch.optim.LBFGS([model.logit], max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        loss, _, _ = smollm2.gate_loss(model, ids, rates, 1)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    _, risky, harmless = smollm2.gate_loss(model, ids, rates, 1)
+    assert abs(risky - 0.3) < 0.01 and abs(harmless - 0.04) < 0.01
+    assert model.logit[0, 2] == 0  # no gate, no gradient
 
 
 def test_the_auc_is_the_share_of_pairs_in_the_right_order(compact):

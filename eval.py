@@ -1132,6 +1132,8 @@ def argument_parser() -> mosaic.Parser:
         help="learned | always | never | a bias on its logit")
     add("--adapter-scale", type=float, default=1.0, metavar="S",
         help="weighs the adapter: 0 is the base")
+    add("--no-base", action="store_true",
+        help="the adapter alone: half the time, where the base's figures are known")
     add("--endpoint", metavar="URL",
         help="the agent is a served model, named by --model: http[s]://host/v1")
     add("--scaffold", choices=("on", "off"), default="on",
@@ -1161,7 +1163,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--adapter-scale {args.adapter_scale}: expected a number up to 10,000")
     if args.endpoint:
         why = "with --endpoint: a served model has none"
-        parser.refuse_idle(why, "adapter", "adapter_scale", "gate", "grammar")
+        parser.refuse_idle(why, "adapter", "adapter_scale", "no_base", "gate", "grammar")
     else:
         why = "without --endpoint: it is for a served model"
         parser.refuse_idle(why, "scaffold", "endpoint_key_env", "header", "turn_tokens")
@@ -1180,8 +1182,9 @@ def check_use(args: argparse.Namespace, suites: dict[str, list[Task]], adapter: 
         raise ValueError(f"--skip-bad does nothing: {args.data} is no public benchmark's file")
     if args.judge and not any(map(public.takes_judge, tasks)):
         raise ValueError("--judge does nothing: no metric of these tasks needs a judge")
-    if args.adapter_scale != 1 and adapter is None:
-        raise ValueError("--adapter-scale does nothing: there is no adapter in "
+    if adapter is None and (args.adapter_scale != 1 or args.no_base):
+        option = "--no-base" if args.no_base else "--adapter-scale"
+        raise ValueError(f"{option} does nothing: there is no adapter in "
                          f"{mosaic.run_folder(args.model) / 'adapter'}")
 
 
@@ -1333,6 +1336,8 @@ def evaluation(args: argparse.Namespace, suites: dict, results: dict, items: lis
         players = connect_served(endpoint, args.scaffold == "on", args.turn_tokens or TURN_TOKENS)
     else:
         players = load_columns(args.model, adapter, args.adapter_scale, args.grammar, args.gate)
+        if args.no_base:
+            del players["base"]
     run(players, suites, ask, results, items)
     summary = summarize(suites, results, players)
     print_summary(summary)

@@ -554,6 +554,12 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     the sampling. Template, tool and forced tokens are not among the N: their loss is 0 and their
     gradient exactly 0.
     """
+    # A model that is sure of itself writes the same trajectory again and again, and a pair of a group
+    # brings both of its sides along: each is computed once.
+    keys = [(tuple(r.ids), tuple(r.provenance)) for r in rollouts]
+    different = dict(zip(keys, rollouts))
+    rollouts = list(different.values())
+
     # Not `parallel`: tasks of several calls a turn are played in evaluation only.
     grammar = get_grammar(tokenizer, model.device)
     # A group shares its prompt, which is computed once: layout says which tokens see which.
@@ -563,15 +569,19 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     states = []
     for r in rollouts:
         states += r.states
-    states = torch.tensor(states, device=model.device)  # (N, 2)
+    states = torch.tensor(states, device=model.device)  # (M, 2), M <= N: without the copies
 
-    def constrain_these(logits, index):  # logits (n, V) of the tokens `index` (n,) among the N
+    def constrain_these(logits, index):  # logits (n, V) of the tokens `index` (n,) among the M
         state, remaining = states[index].unbind(1)  # (n,) each
         return constrain(grammar, logits, state, remaining, gate_mode, strict)
 
     # The stop token is SAMPLED like any other: an agent has to learn when to end its turn.
-    return token_logprobs(model, ids, provenance == SAMPLED, temperature,
-                          constrain=constrain_these, layout=layout)
+    logprobs = token_logprobs(model, ids, provenance == SAMPLED, temperature,
+                              constrain=constrain_these, layout=layout)  # (M,)
+    if len(rollouts) == len(keys):
+        return logprobs
+    parts = dict(zip(different, logprobs.split([len(r.states) for r in rollouts])))
+    return torch.cat([parts[key] for key in keys])
 
 
 # ----------------------------------------------------------------- the dialogue: ids that only grow

@@ -141,21 +141,27 @@ def train_one(name, base_seed, seed, out, more, seconds):
     return base, run
 
 
-def evaluate(base, run, name, options, pairs):
+def evaluate(base, run, name, options, pairs, first_run):
     """eval.py, suite by suite -> (its JSON, the seconds).
 
-    pairs: so many tasks of each suite, and of harm as many pairs; None: all tasks."""
+    pairs: so many tasks of each suite, and of harm as many pairs; None: all tasks. first_run: the
+    first run on this base, which has the base's own figures: greedy, they are the same each time.
+    """
     took = 0
     results = {}
     for suite in ("harm",) if name == "late" else SUITES:
         file = run / f"{name}-{suite}.json"
         if not file.is_file():
-            limit = []
+            more = [] if run == first_run else ["--no-base"]
             if pairs is not None:
-                limit = ["--limit", 2 * pairs if suite == "harm" else pairs]
+                more += ["--limit", 2 * pairs if suite == "harm" else pairs]
             took += run_command("eval.py", "--model", base, "--adapter", run / "adapter",
-                                "--json", file, "--suite", suite, *limit, *options)
-        results |= json.loads(file.read_text())["results"]
+                                "--json", file, "--suite", suite, *more, *options)
+        found = json.loads(file.read_text())["results"][suite]
+        first = json.loads((first_run / file.name).read_text())["results"][suite]
+        for split in found:
+            found[split]["base"] = first[split]["base"]
+        results[suite] = found
     return {"results": results}, took
 
 
@@ -185,10 +191,12 @@ def main():
     jobs = evaluations(args.splits, late_file)
     seconds = {"build": [], "train": [], "evaluate a split": []}
     results = {name: [] for name in jobs}  # {name: [eval.py's JSON of each seed]}
+    first_runs = {}  # {base: the first run on it}
     for base_seed, seed in zip(args.bases, args.seeds):
         base, run = train_one(args.base, base_seed, seed, out, args.train.split(), seconds)
+        first_run = first_runs.setdefault(base, run)
         for name, options in jobs.items():
-            found, took = evaluate(base, run, name, options, args.pairs)
+            found, took = evaluate(base, run, name, options, args.pairs, first_run)
             results[name].append(found)
             if took and name in args.splits:
                 seconds["evaluate a split"].append(took)

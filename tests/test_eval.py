@@ -498,6 +498,8 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--judge", "model", "--judge-model", "m"], "no metric of these tasks needs a judge"),
     (["--skip-bad"], "without --data"),
     (["--adapter-scale", "0.5"], "--adapter-scale does nothing: there is no adapter in"),
+    (["--no-base"], "--no-base does nothing: there is no adapter in"),
+    (["--endpoint", "http://x", "--no-base"], "--no-base does nothing"),
     (["--report", "no/where.html"], "--report"),
 ])
 def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):

@@ -131,6 +131,32 @@ def test_sampler_and_trainer_agree(model, tokenizer, sampled, grammar):
         assert (new - old).abs().max() < 5e-4, (new - old).abs().max()
 
 
+def test_copies_count_each_time_they_stand_there(model, tokenizer, sampled):
+    """A trajectory that a group holds three times, computed once, and its gradient counted once; or
+    the logprobs of its neighbour in its place."""
+    a, b = sampled["free"][:2]
+    c = copy.copy(b)
+    c.ids = [*b.ids[:-2], b.ids[-1], b.ids[-2]]  # as long as b, and no copy
+    batch = [a, b, a, c, a]
+    counts = [len(r.logprobs) for r in batch]
+    factors = torch.arange(sum(counts)).cos()
+
+    def gradient(logprobs):
+        model.requires_grad_(True)
+        found = torch.autograd.grad((logprobs() * factors).sum(), model.model.norm.weight)[0]
+        model.requires_grad_(False)
+        return found
+
+    def together():
+        return sampled_logprobs(model, tokenizer, batch)
+
+    def one_by_one():
+        return torch.cat([sampled_logprobs(model, tokenizer, [r]) for r in batch])
+
+    torch.testing.assert_close(together(), one_by_one(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(gradient(together), gradient(one_by_one), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("grammar", ["free", "strict"])
 def test_every_token_has_one_origin(tokenizer, sampled, grammar):
     """Masks from `ids != pad` or from re-encoded text are off by some tokens: here they come from

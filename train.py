@@ -4,7 +4,7 @@ the adapter towards those that win.
 One step of the loop, and the code that does it. Marks: see preference.py.
 
     1. Draw tasks, and sample n = 4 [1] trajectories of each, in the free
-       grammar at temperature 1.                                             sample
+       grammar at temperature 1.                                             draw_tasks, sample
     2. Ask the judge about every pair of a group, in both orders [2+]; every
        ten steps also about pairs with known answers.                        judge_pairs, canaries
     3. R = r_align + r_fmt - p_len [2+].                                     reward_terms
@@ -45,7 +45,7 @@ import platform
 import random
 import sys
 import time
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -204,7 +204,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
         for step in progress_bar(start.step, recipe.steps):
             times = [clock()]  # for tokens a second, see `speed`
             # 1. Sample. `watched`: one rollout of each fixed task, to compare with the base's.
-            drawn = rng.sample(tasks, recipe.tasks)
+            drawn = draw_tasks(tasks, recipe.tasks, rng)
             groups, watched = sample(model, tokenizer, drawn, fixed, recipe, generator)
             times.append(clock())
             # A state is written only now: what it samples has been seen to parse.
@@ -258,6 +258,37 @@ def sample(model: Transformer, tokenizer: Tokenizer, tasks: list, fixed: list,
     in_groups = gather(rollouts[:first_watched])
     watched = gather(rollouts[first_watched:])
     return slices(in_groups, recipe.group_size), watched
+
+
+def draw_tasks(tasks: list, n: int, rng: random.Random) -> list:
+    """n tasks for a step: of each suite its share, and a harmful task beside its twin [ours].
+
+    Drawn blindly a step of few tasks is lopsided. After five harmless ones every check that was
+    opened had been idle; and since all tasks pull at one gate, it follows the last few steps.
+    """
+    share = Counter(task.suite for task in tasks)
+    waiting = defaultdict(list)  # {suite: [its tasks, twins together]}
+    for unit in twins_together(rng.sample(tasks, len(tasks))):
+        waiting[unit[0].suite].append(unit)
+
+    drawn = []
+    while len(drawn) < n:
+        so_far = Counter(task.suite for task in drawn)
+        due = {suite: share[suite] / len(tasks) * (len(drawn) + 1) for suite in waiting}
+        suite = max(waiting, key=lambda suite: due[suite] - so_far[suite])  # furthest behind
+        drawn += waiting[suite].pop()
+        if not waiting[suite]:
+            del waiting[suite]
+    return drawn[:n]
+
+
+def twins_together(tasks: list) -> list:
+    """[[a task, and its twin if that is there, too], ...]"""
+    units = {}
+    for task in tasks:
+        both = min(task.id, task.twin or task.id)  # the same for a task and its twin
+        units.setdefault(both, []).append(task)
+    return list(units.values())
 
 
 def fixed_tasks(tasks: list, seed: int) -> list:

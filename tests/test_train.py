@@ -6,12 +6,14 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +120,28 @@ def with_adapter(model):
 
 def flat_gradient(model):
     return torch.cat([p.grad.flatten() for p in train.trained_parameters(model)])
+
+
+def test_a_step_draws_every_suite_s_share_and_twins_together():
+    """Five harmless tasks in a step, and the gate shuts; a task twice; a draw that never ends where
+    a suite is used up, or where rows have no twin."""
+    tasks = data.load("train", training=True)
+    share = Counter(task.suite for task in tasks)
+    rng = random.Random(0)
+    first = set()
+    for n in (10, 48, len(tasks)):
+        drawn = train.draw_tasks(tasks, n, rng)
+        ids = [task.id for task in drawn]
+        assert len(ids) == len(set(ids)) == n
+        for suite, count in Counter(task.suite for task in drawn).items():
+            assert abs(count - n * share[suite] / len(tasks)) < 2, (n, suite, count)
+        without_twin = [task for task in drawn if task.twin and task.twin not in ids]
+        assert len(without_twin) <= 1  # the last place may cut a pair
+        first.add(ids[0])
+    assert len(first) > 1
+    lone = [task for task in tasks if task.label == "harmful"][:3]
+    assert {task.id for task in train.draw_tasks(lone, 3, rng)} == {task.id for task in lone}
+    assert len(train.draw_tasks(tasks, 1, rng)) == 1
 
 
 def test_micro_batches_change_nothing(base):

@@ -554,12 +554,20 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     the sampling. Template, tool and forced tokens are not among the N: their loss is 0 and their
     gradient exactly 0.
     """
-    # A model that is sure of itself writes the same trajectory again and again, and a pair of a group
-    # brings both of its sides along: each is computed once.
+    # A model that is sure of itself writes one trajectory again and again, and each pair of the
+    # direct loss brings both of its sides along: what is the same is computed once.
     keys = [(tuple(r.ids), tuple(r.provenance)) for r in rollouts]
     different = dict(zip(keys, rollouts))
-    rollouts = list(different.values())
+    if len(different) == len(rollouts):
+        return logprobs_of_each(model, tokenizer, rollouts, temperature, gate_mode, strict)
+    once = list(different.values())
+    logprobs = logprobs_of_each(model, tokenizer, once, temperature, gate_mode, strict)
+    parts = dict(zip(different, logprobs.split([len(r.states) for r in once])))
+    return torch.cat([parts[key] for key in keys])
 
+
+def logprobs_of_each(model, tokenizer, rollouts, temperature, gate_mode, strict) -> torch.Tensor:
+    """`sampled_logprobs` of rollouts that may be copies of one another: each is computed."""
     # Not `parallel`: tasks of several calls a turn are played in evaluation only.
     grammar = get_grammar(tokenizer, model.device)
     # A group shares its prompt, which is computed once: layout says which tokens see which.
@@ -569,19 +577,15 @@ def sampled_logprobs(model, tokenizer, rollouts: list[Rollout], temperature: flo
     states = []
     for r in rollouts:
         states += r.states
-    states = torch.tensor(states, device=model.device)  # (M, 2), M <= N: without the copies
+    states = torch.tensor(states, device=model.device)  # (N, 2)
 
-    def constrain_these(logits, index):  # logits (n, V) of the tokens `index` (n,) among the M
+    def constrain_these(logits, index):  # logits (n, V) of the tokens `index` (n,) among the N
         state, remaining = states[index].unbind(1)  # (n,) each
         return constrain(grammar, logits, state, remaining, gate_mode, strict)
 
     # The stop token is SAMPLED like any other: an agent has to learn when to end its turn.
-    logprobs = token_logprobs(model, ids, provenance == SAMPLED, temperature,
-                              constrain=constrain_these, layout=layout)  # (M,)
-    if len(rollouts) == len(keys):
-        return logprobs
-    parts = dict(zip(different, logprobs.split([len(r.states) for r in rollouts])))
-    return torch.cat([parts[key] for key in keys])
+    return token_logprobs(model, ids, provenance == SAMPLED, temperature,
+                          constrain=constrain_these, layout=layout)
 
 
 # ----------------------------------------------------------------- the dialogue: ids that only grow

@@ -23,6 +23,7 @@ Deviations and choices, all [ours]
    nothing of it is published.
 2. One optimiser step a batch, so the ratio of new to old probability starts at 1 and the clip
    rarely bites; linear warm-up and decay of the learning rate.
+3. Which tasks a step takes (`draw_tasks`).
 
     python train.py                # builds the tiny base if it is absent; then a line a step, such
                                    # as "  0 loss +0.115 |g| 0.04 ..." (`log_line` explains each

@@ -226,7 +226,7 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # A step shows some three whole episodes and a dozen verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
-N_TASKS = 380           # tasks drawn, of which some 280 are shown whole
+N_TASKS = 380           # tasks drawn, of which 295 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown
     "harm": 900,        # harmful ones and their twins
     "injection": 225,   # an order that was just read; privacy's are long, and episodes teach them
@@ -323,17 +323,12 @@ def fit(model, steps: list, state: "State") -> None:
     for step in bar:
         losses = []
         for ids, weights in steps[step]:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16(model.device)):
+            with fastest_dtype(model):
                 loss = weighted_loss(model, ids.to(model.device), weights.to(model.device))
             loss.backward()  # adds to the gradient
             losses.append(loss.item())
 
-        schedule = min((step + 1) / WARM_UP, 1 - step / len(steps))  # up, then linearly to zero
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-
+        take_step(model, optimizer, LEARNING_RATE * schedule(step, len(steps), WARM_UP))
         said = f"loss of episodes {losses[0]:.3f}, of verdicts {losses[1]:.3f}"
         bar.set_description(f"warm start, {said}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
@@ -346,7 +341,7 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
     """Trains all weights, in place, until checks are opened at some of the mixture's rates. A few
     minutes; it is not saved on the way."""
     rng = random.Random(seed + 100)  # fresh tasks, of no base's pass
-    n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)
+    n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
     tasks = draw_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES)
     episodes = [gate_demonstration(task, rng, tokenizer) for task in tasks]
     steps = list(one_pass(episodes, rng, EPISODE_TOKENS))[:GATE_STEPS]
@@ -357,15 +352,11 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
         model.parameters(), lr=GATE_LEARNING_RATE, betas=BETAS, weight_decay=0.0)
     bar = tqdm(steps, disable=None)
     for step, (ids, rates) in enumerate(bar):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16(model.device)):
+        with fastest_dtype(model):
             loss, risky, harmless = gate_loss(
                 model, ids.to(model.device), rates.to(model.device), opens)
         loss.backward()
-        schedule = min((step + 1) / GATE_WARM_UP, 1 - step / len(steps))
-        optimizer.param_groups[0]["lr"] = GATE_LEARNING_RATE * schedule
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(model, optimizer, GATE_LEARNING_RATE * schedule(step, len(steps), GATE_WARM_UP))
         bar.set_description(f"gate, risky {risky:.2f}, harmless {harmless:.2f}")
     model.requires_grad_(False)
 
@@ -384,6 +375,23 @@ def gate_loss(model, ids, rates, opens: int) -> tuple:
     found = logprobs.detach().exp()
     is_risky = rates == MIX["check_risky"]
     return loss, found[is_risky].mean().item(), found[~is_risky].mean().item()
+
+
+def schedule(step: int, steps: int, warm_up: int) -> float:
+    """The share of the peak's learning rate: up in `warm_up` steps, then linearly to zero."""
+    return min((step + 1) / warm_up, 1 - step / steps)
+
+
+def take_step(model, optimizer, rate: float) -> None:
+    optimizer.param_groups[0]["lr"] = rate
+    torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def fastest_dtype(model):
+    """A context in which products are made in bf16, where that is faster."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16(model.device))
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -141,26 +141,32 @@ def train_one(name, base_seed, seed, out, more, seconds):
     return base, run
 
 
-def evaluate(base, run, name, options, pairs, first_run):
+def evaluate(base, run, base_run, name, options, pairs):
     """eval.py, suite by suite -> (its JSON, the seconds).
 
-    pairs: so many tasks of each suite, and of harm as many pairs; None: all tasks. first_run: the
-    first run on this base, which has the base's own figures: greedy, they are the same each time.
+    pairs: so many tasks of each suite, and of harm as many pairs; None: all tasks. base_run: where
+    the base's own figures are kept. It is greedy, so one evaluation serves all runs on it.
     """
     took = 0
     results = {}
+    base_run.mkdir(parents=True, exist_ok=True)
     for suite in ("harm",) if name == "late" else SUITES:
+        limit = []
+        if pairs is not None:
+            limit = ["--limit", 2 * pairs if suite == "harm" else pairs]
+        play = ["eval.py", "--model", base, "--suite", suite, *limit, *options]
+
+        base_file = base_run / f"{name}-{suite}.json"
+        if not base_file.is_file():
+            took += run_command(*play, "--json", base_file)
         file = run / f"{name}-{suite}.json"
         if not file.is_file():
-            more = [] if run == first_run else ["--no-base"]
-            if pairs is not None:
-                more += ["--limit", 2 * pairs if suite == "harm" else pairs]
-            took += run_command("eval.py", "--model", base, "--adapter", run / "adapter",
-                                "--json", file, "--suite", suite, *more, *options)
+            took += run_command(*play, "--json", file, "--adapter", run / "adapter", "--no-base")
+
         found = json.loads(file.read_text())["results"][suite]
-        first = json.loads((first_run / file.name).read_text())["results"][suite]
+        of_base = json.loads(base_file.read_text())["results"][suite]
         for split in found:
-            found[split]["base"] = first[split]["base"]
+            found[split]["base"] = of_base[split]["base"]
         results[suite] = found
     return {"results": results}, took
 
@@ -191,12 +197,11 @@ def main():
     jobs = evaluations(args.splits, late_file)
     seconds = {"build": [], "train": [], "evaluate a split": []}
     results = {name: [] for name in jobs}  # {name: [eval.py's JSON of each seed]}
-    first_runs = {}  # {base: the first run on it}
     for base_seed, seed in zip(args.bases, args.seeds):
         base, run = train_one(args.base, base_seed, seed, out, args.train.split(), seconds)
-        first_run = first_runs.setdefault(base, run)
+        base_run = out / f"base{base_seed}"
         for name, options in jobs.items():
-            found, took = evaluate(base, run, name, options, args.pairs, first_run)
+            found, took = evaluate(base, run, base_run, name, options, args.pairs)
             results[name].append(found)
             if took and name in args.splits:
                 seconds["evaluate a split"].append(took)

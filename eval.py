@@ -1134,6 +1134,7 @@ def argument_parser() -> mosaic.Parser:
         help="weighs the adapter: 0 is the base")
     add("--no-base", action="store_true",
         help="the adapter alone: half the time, where the base's figures are known")
+    add("--no-adapter", action="store_true", help="the base alone, whatever adapter is there")
     add("--endpoint", metavar="URL",
         help="the agent is a served model, named by --model: http[s]://host/v1")
     add("--scaffold", choices=("on", "off"), default="on",
@@ -1163,10 +1164,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--adapter-scale {args.adapter_scale}: expected a number up to 10,000")
     if args.endpoint:
         why = "with --endpoint: a served model has none"
-        parser.refuse_idle(why, "adapter", "adapter_scale", "no_base", "gate", "grammar")
+        parser.refuse_idle(
+            why, "adapter", "adapter_scale", "no_base", "no_adapter", "gate", "grammar")
     else:
         why = "without --endpoint: it is for a served model"
         parser.refuse_idle(why, "scaffold", "endpoint_key_env", "header", "turn_tokens")
+    if args.no_adapter:
+        parser.refuse_idle("with --no-adapter", "adapter", "adapter_scale", "no_base")
     check_judge_flags(parser, args.judge, agent_is_served=bool(args.endpoint))
     if not args.data:
         parser.refuse_idle("without --data: it is for a public benchmark's file", "skip_bad")
@@ -1317,7 +1321,9 @@ def evaluation(args: argparse.Namespace, suites: dict, results: dict, items: lis
     start = time.perf_counter()
     # Everything that can be wrong with the arguments is found before any work.
     suites |= load_suites(args.suite, args.data, args.split, args.skip_bad)
-    adapter = None if args.endpoint else mosaic.find_adapter(args.model, args.adapter)
+    adapter = None
+    if not args.endpoint and not args.no_adapter:
+        adapter = mosaic.find_adapter(args.model, args.adapter)
     check_use(args, suites, adapter)
     check_outputs({"--json": args.json, "--report": args.report}, args.data)
     if args.model not in data.BASES and not args.endpoint:  # ours are built where they are not

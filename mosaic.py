@@ -1380,6 +1380,8 @@ def adapter_text(model_name: str, adapter: Path | None) -> str:
     """Which adapter is on. Said always: without one it is the base that plays, unsafe as it is."""
     if adapter:
         return f"adapter {adapter}"
+    if find_adapter(model_name, None):
+        return "no adapter, as asked: the base as it is"
     return f"no adapter, the base as it is: none in {run_folder(model_name) / 'adapter'}"
 
 

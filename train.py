@@ -264,8 +264,9 @@ def sample(model: Transformer, tokenizer: Tokenizer, tasks: list, fixed: list,
 def draw_tasks(tasks: list, n: int, rng: random.Random) -> list:
     """n tasks for a step: of each suite its share, and a harmful task beside its twin [ours].
 
-    Drawn blindly a step of few tasks is lopsided. After five harmless ones every check that was
-    opened had been idle; and since all tasks pull at one gate, it follows the last few steps.
+    Drawn blindly a step of few tasks is lopsided: one of harmless tasks alone teaches only that
+    checks are idle, and the gate, which all tasks share, follows the last few steps. (Where n cuts
+    the last pair, one of them stands alone.)
     """
     share = Counter(task.suite for task in tasks)
     waiting = defaultdict(list)  # {suite: [its tasks, twins together]}

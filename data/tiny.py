@@ -13,8 +13,8 @@ The recipe, in the order of `warm_start`
    written into its fresh weights                                `induction_circuit`
 3. Documents: whole demonstrations, most of them in made-up
    domains, and short verdict lines (a cue and whether it is
-   fine; a role, a record and what may be sent)                  data/demonstrator.py
-4. One pass of Muon and AdamW over them                          `batches`, `fit`, `Muon`
+   fine; a role, a record and what may be sent: `verdict_line`)  data/demonstrator.py
+4. Muon and AdamW over them, about once                          `batches`, `fit`, `Muon`
 
 Deviations
 1. [ours] All of it. The paper trains public instruction-tuned models.
@@ -51,10 +51,10 @@ from data.demonstrator import (  # noqa: E402
     SAYABLE,
     Demonstrator,
     batches,
+    before_decision,
     demonstration,
     draw_tasks,
     draw_verdict_tasks,
-    verdict_line,
     weighted_loss,
 )
 from tools import Episode, Task  # noqa: E402
@@ -133,7 +133,7 @@ def warm_start(tasks: list, verdict_tasks: list, out: Path, steps: int, seed: in
     for task in model_.progress(tasks, what="demonstrations", unit="task"):
         documents.append(demonstration(task, rng, tokenizer))
     for task in model_.progress(tasks + verdict_tasks, what="verdict lines", unit="task"):
-        if task.suite in ("harm", "privacy"):  # the suites in which a verdict decides
+        if task.suite in ("harm", "privacy"):  # their verdict fits in a line
             documents.append(verdict_line(task, tokenizer))
 
     # 4. the warm start itself
@@ -330,6 +330,26 @@ def write_matching_head(attention, head, kv_head, copied, D):
     o[copied + feature, feature] = OUT
 
 
+# --------------------------------------------------------------------------- 3. what it is shown
+def verdict_line(task: Task, tokenizer) -> tuple[list, list]:
+    """A cue, or a record (with a note, or for a role), with its right verdict and little around it
+    -> (ids, weights). Many more of them fit in the budget than whole episodes.
+
+    task: of the harm or the privacy suite.
+    """
+    agent, sandbox, result = before_decision(task)
+    shown = ""
+    if task.meta["style"] != "note":  # the cue stands in the user's message
+        shown += f"{task.meta['cue']}<|im_end|>"
+    if task.meta["style"] == "note" or task.suite == "privacy":
+        shown += f"<tool_response>{result}</tool_response>"
+    right, _ = agent.verdicts(sandbox)
+    head = mosaic.encode_trusted(tokenizer, f"<|im_start|>{shown}<|im_start|>")
+    check = f"<safety_thoughts>\n{right.text}\n</safety_thoughts>"
+    ids = mosaic.encode_trusted(tokenizer, check)
+    return head + ids, [0.0] * len(head) + [1.0] * len(ids)
+
+
 # ------------------------------------------------------------------------------ 4. the warm start
 def fit(model, stream: Iterator, steps: int):
     """Trains on `steps` batches of the stream. The loss is a weighted mean over tokens."""
@@ -423,7 +443,8 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
           n: int = N_TASKS) -> Path:
     """Builds the base of a seed into the folder `out`, whole or not at all -> out.
 
-    n: tasks to draw. ValueError: what is there already is no tiny base, which a new one replaces.
+    n: tasks to draw. ValueError: `out` is there already and is no tiny base; one that is, a new one
+    replaces.
     """
     out = Path(out)
     start = time.perf_counter()
@@ -434,7 +455,7 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
         with data.built_whole(out, "tiny") as folder:
             rng = random.Random(seed)
             tasks = draw_tasks(n, seed, rng)
-            counts = {"harm": n * 2 // 3, "privacy": n // 3}
+            counts = {"harm": n * 2 // 3, "privacy": n // 3}  # n more, of which only verdicts
             verdict_tasks = draw_verdict_tasks(counts, seed, rng)
             model = warm_start(tasks, verdict_tasks, folder, steps, seed)
     except KeyboardInterrupt:

@@ -8,10 +8,10 @@
 
 Builds the bases that are missing, trains, evaluates, and prints one row a metric (mean, and the
 value of each run) and one JSON line. Everything runs through the commands a user would type; what
-is there already is not made again, so it can be stopped and started. The late tasks are fresh rows
-of the unseen domains whose harm shows only after two or three legitimate calls. On two cores about
-an hour for the five runs of tiny, and some two hours for one of SmolLM2-135M; nothing in it is a
-test.
+is there already is not made again, so it can be stopped and started; other --base, --pairs or
+--train belong into another --runs. The late tasks are fresh rows of the unseen domains whose harm
+shows only after two or three legitimate calls. On two cores about an hour for the five runs of
+tiny, and some two hours for one of SmolLM2-135M; nothing in it is a test.
 """
 import argparse
 import json
@@ -23,8 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import mosaic  # noqa: E402
 from data import suites  # noqa: E402
-from tools import SUITES  # noqa: E402
+from tools import SPLITS, SUITES  # noqa: E402
 
 # (suite, metric); suite "all": over all suites, see `pooled`
 ROWS = [
@@ -158,7 +159,7 @@ def evaluate(base, run, base_run, name, options, pairs):
 
         base_file = base_run / f"{name}-{suite}.json"
         if not base_file.is_file():
-            took += run_command(*play, "--json", base_file)
+            took += run_command(*play, "--json", base_file, "--no-adapter")
         file = run / f"{name}-{suite}.json"
         if not file.is_file():
             took += run_command(*play, "--json", file, "--adapter", run / "adapter", "--no-base")
@@ -186,10 +187,15 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--bases", type=int, nargs="+", default=[0, 1, 2, 0, 1],
                         help="the seed of each run's base")
-    parser.add_argument("--splits", nargs="+", default=["domains", "combinations", "wordings"])
-    parser.add_argument("--pairs", type=int, help="tasks of a suite, pairs of harm (default: all)")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS,
+                        default=["domains", "combinations", "wordings"])
+    parser.add_argument("--pairs", type=mosaic.count_option,
+                        help="tasks of a suite, pairs of harm (default: all)")
     parser.add_argument("--train", default="", help="more arguments for train.py")
     args = parser.parse_args()
+    if len(args.bases) < len(args.seeds):
+        parser.error("--bases: one for each of --seeds")
+    bases = args.bases[:len(args.seeds)]
 
     out = ROOT / args.runs
     late_file = out / "late.jsonl"
@@ -197,7 +203,7 @@ def main():
     jobs = evaluations(args.splits, late_file)
     seconds = {"build": [], "train": [], "evaluate a split": []}
     results = {name: [] for name in jobs}  # {name: [eval.py's JSON of each seed]}
-    for base_seed, seed in zip(args.bases, args.seeds):
+    for base_seed, seed in zip(bases, args.seeds):
         base, run = train_one(args.base, base_seed, seed, out, args.train.split(), seconds)
         base_run = out / f"base{base_seed}"
         for name, options in jobs.items():
@@ -211,7 +217,7 @@ def main():
         table[split] = show(f"{split}, strict grammar", results[split], split, ROWS)
     table["free"] = show("domains, free grammar", results["free"], "domains", FREE)
     table["late"] = show("late temptation, domains, strict", results["late"], "domains", LATE)
-    log = {"base": args.base, "bases": args.bases, "seeds": args.seeds, "train": args.train,
+    log = {"base": args.base, "bases": bases, "seeds": args.seeds, "train": args.train,
            "pairs": args.pairs, "seconds": seconds, "table": table}
     print(json.dumps(log))
 

@@ -500,6 +500,9 @@ def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     (["--adapter-scale", "0.5"], "--adapter-scale does nothing: there is no adapter in"),
     (["--no-base"], "--no-base does nothing: there is no adapter in"),
     (["--endpoint", "http://x", "--no-base"], "--no-base does nothing"),
+    (["--endpoint", "http://x", "--no-adapter"], "--no-adapter does nothing"),
+    (["--no-adapter", "--no-base"], "--no-base does nothing with --no-adapter"),
+    (["--no-adapter", "--adapter", "x"], "--adapter does nothing with --no-adapter"),
     (["--report", "no/where.html"], "--report"),
 ])
 def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch, tmp_path):

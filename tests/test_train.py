@@ -842,3 +842,4 @@ def test_runs_lie_beside_the_files_and_the_adapter_is_said(tmp_path, monkeypatch
     (tmp_path / "x" / "adapter" / "adapter_config.json").write_text("{}")
     found = mosaic.find_adapter("x", None)
     assert mosaic.adapter_text("x", found) == f"adapter {tmp_path}/x/adapter"
+    assert mosaic.adapter_text("x", None) == "no adapter, as asked: the base as it is"

@@ -400,6 +400,7 @@ def before_decision(task: Task) -> tuple:
     last = len(agent.todo) - 1 if task.suite != "injection" else 1
     result = None
     for _ in range(last):
+        agent.write_plan_of("careful")  # from here on a plan says "it" of this record
         result = sandbox.call(*agent.next_call(careful=True))
         agent.todo.pop(0)
     return agent, sandbox, result

@@ -35,6 +35,7 @@ Next file: data/families.json, whose rows "chatml" and "compact" are this model'
 """
 import hashlib
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -228,16 +229,17 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # A step shows some three whole episodes and a dozen verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
+# Who may have what, 17 fields for each of 12 roles, can only be learned by heart.
 N_TASKS = 380           # tasks drawn, of which 295 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown
-    "harm": 900,        # harmful ones and their twins
-    "injection": 225,   # a note that was just read: an order, or a mention of one. (Privacy's
-                        # verdicts are long, and episodes teach them.)
+    "harm": 600,        # harmful ones and their twins
+    "injection": 150,   # a note that was just read: an order, or a mention of one
+    "privacy": 375,     # a record that is about to be sent
 }
 MADE_UP = 0.25          # tiny takes .7, but this model knows how to copy, and what words mean
 EPISODE_TOKENS = 1300   # of a step's episodes, padding included
 N_VERDICTS = 12         # a step
-DECISION_WEIGHT = 4.0   # of the word where the right verdict and the wrong one part; others: 1
+DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.read_banks((data.HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
 
 # At last the gate, where a check is opened or not. All weights move this one choice, and a pass
@@ -288,11 +290,24 @@ def verdict_document(task: Task, tokenizer) -> tuple:
     to open one."""
     head, right, wrong = verdict_question(task, tokenizer)
     check = mosaic.encode_trusted(tokenizer, f"{right.text}\n</safety_thoughts>\n")
-    other = mosaic.encode_trusted(tokenizer, f"{wrong.text}\n</safety_thoughts>\n")
-    common, _, _ = first_difference(check, other)
     weights = [1.0] * len(check)
-    weights[len(common)] = DECISION_WEIGHT
+    for text in mistakes(task, right, wrong):
+        other = mosaic.encode_trusted(tokenizer, f"{text}\n</safety_thoughts>\n")
+        common, _, _ = first_difference(check, other)
+        weights[len(common)] = DECISION_WEIGHT
     return head + check, [0.0] * len(head) + weights
+
+
+def mistakes(task: Task, right, wrong) -> list[str]:
+    """Texts that part from the right verdict at a word that decides."""
+    if task.suite != "privacy":
+        return [wrong.text]
+    # "a nurse gets phone no illness yes: illness" decides once for each field
+    texts = []
+    for decision in re.finditer(" (yes|no)", right.text):
+        opposite = {" yes": " no", " no": " yes"}[decision[0]]
+        texts.append(right.text[:decision.start()] + opposite + right.text[decision.end():])
+    return texts
 
 
 def verdict_question(task: Task, tokenizer) -> tuple:
@@ -300,12 +315,11 @@ def verdict_question(task: Task, tokenizer) -> tuple:
 
     A fifth of an episode's tokens: no prompt of ours and no tools, and of the dialogue only what
     the verdict is read from, the user's message or the newest result. Before the check stands the
-    plan of an agent that does what its user asked, even where it just read another's order. (In an
-    episode of the mixture the plan there is mostly to obey.)
+    plan, as in an episode: to obey an order that was just read, else to do what the user asked.
     """
     agent, sandbox, result = before_decision(task)
+    plan = agent.write_plan_of("obey" if agent.has_just_read_orders(sandbox) else "careful")
     right, wrong = agent.verdicts(sandbox)
-    plan = agent.write_plan_of("careful")
 
     messages = []
     if task.suite != "injection" and task.meta["style"] != "note":  # the user's words decide

@@ -826,7 +826,8 @@ def test_a_cue_is_rephrased_within_its_kind():
 
 def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     """Loss on the tag that opens the check, in a document that always opens one: the base would
-    check at every step. Half of the cues harmful, or the base learns which answer is common."""
+    check at every step. Half of the cues harmful, or the base learns which answer is common. A plan
+    that knows already that an order is to be ignored: in an episode it does not."""
     counts = {"harm": 80, "injection": 20, "privacy": 20}
     verdict_tasks = draw_verdict_tasks(counts, 0, random.Random(0), made_up=0)
     refusals = []
@@ -838,18 +839,27 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
             assert {right.act, wrong.act} == {"refuse", "go"}
             assert (right.act == "refuse") == (task.label == "harmful")
             refusals.append(right.act == "refuse")
+        if "gives an order" in right.text:
+            ordered = task.injected[0]["name"]
+            assert f"<think>\n{ordered} " in compact.decode(head)
+            assert f"ignore it, {task.goal[1]['name']} " in right.text
     assert sum(refusals) == len(refusals) / 2 > 10
 
-    decided = []
+    decided = {suite: [] for suite in counts}
     for task in verdict_tasks:
         ids, weights = smollm2.verdict_document(task, compact)
         learned = [token for token, weight in zip(ids, weights) if weight]
         assert compact.decode(learned).endswith("\n</safety_thoughts>\n")
         assert "<safety_thoughts>" not in compact.decode(learned)
-        assert sorted(set(weights)) == [0, 1, 4] and weights.count(4) == 1
-        if task.suite == "harm":
-            decided.append(compact.decode(ids[weights.index(4):]).split()[0])
-    assert set(decided) == {"is", "looks"}  # "this is allowed: go on", "this looks like fraud"
+        assert sorted(set(weights)) == [0, 1, 4]
+        deciding = [index for index, weight in enumerate(weights) if weight == 4]
+        n_fields = len(task.meta["allowed"] + task.meta["denied"]) if task.suite == "privacy" else 1
+        assert len(deciding) == n_fields
+        for index in deciding:
+            decided[task.suite].append(compact.decode(ids[index:]).split()[0])
+    assert set(decided["harm"]) == {"is", "looks"}  # "this is allowed", "this looks like fraud"
+    words = {word.strip(":") for word in decided["privacy"]}
+    assert words == {"yes", "no"}  # "a nurse gets phone no illness yes: illness"
 
 
 class Stop(Exception):

@@ -245,10 +245,10 @@ PHRASES = suites.read_banks((data.HERE / "phrases_smollm2.txt").read_text(encodi
 # At last the gate, where a check is opened or not. All weights move this one choice, and a pass
 # leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant, and
 # at a high rate it swings between .01 and .49 from step to step. RL, which selects, would find
-# hardly a check to select. So some fifty more episodes carry loss at their gates alone, at a rate
-# so low that hardly anything else moves.
-N_GATE_TASKS = 80           # tasks drawn
-GATE_STEPS = 16             # of EPISODE_TOKENS each
+# hardly a check to select. So some 190 more episodes carry loss at their gates alone, at a rate so
+# low that hardly anything else moves.
+N_GATE_TASKS = 240          # tasks drawn
+GATE_STEPS = 48             # of EPISODE_TOKENS each
 GATE_LEARNING_RATE = 3e-6   # at 3e-5 it swings, still
 GATE_WARM_UP = 3            # steps
 
@@ -376,7 +376,10 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
                 model, ids.to(model.device), rates.to(model.device), opens)
         loss.backward()
         take_step(model, optimizer, GATE_LEARNING_RATE * schedule(step, len(steps), GATE_WARM_UP))
-        bar.set_description(f"gate, risky {risky:.2f}, harmless {harmless:.2f}")
+        said = f"gate, risky {risky:.2f}, harmless {harmless:.2f}"
+        bar.set_description(said)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
+            tqdm.write(f"step {step + 1} of {len(steps)}, {said}")
     model.requires_grad_(False)
 
 

@@ -75,6 +75,7 @@ MAX_TURNS = 8  # of a demonstrated episode: four calls, slips between them, and 
 Verdict = namedtuple("Verdict", "text act")
 
 ALL_DONE = ("all done", {})  # stands for the next call where none is left
+NOTHING_FOUND = "no risk here: go on"  # the verdict of a step that nothing speaks against
 
 
 # ----------------------------------------------------------------------- one episode, turn by turn
@@ -280,7 +281,7 @@ class Demonstrator:
             return Verdict(self.words_for_harm(), "refuse"), Verdict("this is allowed: go on", "go")
 
         has_cue = task.suite == "harm" and task.meta["cue"] and sandbox.revealed
-        fine = "this is allowed: go on" if has_cue else "no risk here: go on"
+        fine = "this is allowed: go on" if has_cue else NOTHING_FOUND
         if self.has_just_read_orders(sandbox):
             # The plan is told anew, since the next turn goes on from here.
             plan = self.write_plan(self.next_call(careful=True), self.todo[1:])

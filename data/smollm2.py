@@ -55,6 +55,7 @@ import mosaic  # noqa: E402
 from data import suites  # noqa: E402
 from data.demonstrator import (  # noqa: E402
     MIX,
+    NOTHING_FOUND,
     before_decision,
     demonstration,
     draw_tasks,
@@ -229,12 +230,14 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # A step shows some three whole episodes and a dozen verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
-# Who may have what, 17 fields for each of 12 roles, can only be learned by heart.
+# Who may have what, 17 fields for each of 12 roles, can only be learned by heart; and that nothing
+# at all speaks against a call is learned beside what does.
 N_TASKS = 380           # tasks drawn, of which 295 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown
-    "harm": 600,        # harmful ones and their twins
+    "harm": 560,        # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
-    "privacy": 375,     # a record that is about to be sent
+    "privacy": 315,     # a record that is about to be sent
+    "benign": 100,      # nothing of all this
 }
 MADE_UP = 0.25          # tiny takes .7, but this model knows how to copy, and what words mean
 EPISODE_TOKENS = 1300   # of a step's episodes, padding included
@@ -299,11 +302,13 @@ def verdict_document(task: Task, tokenizer) -> tuple:
 
 
 def mistakes(task: Task, right, wrong) -> list[str]:
-    """Texts that part from the right verdict at a word that decides."""
-    if task.suite != "privacy":
-        return [wrong.text]
-    # "a nurse gets phone no illness yes: illness" decides once for each field
+    """Texts that part from the right verdict at a word that decides: the first one always does."""
     texts = []
+    if right.text != NOTHING_FOUND:
+        texts.append(NOTHING_FOUND)
+    if task.suite != "privacy":
+        return [*texts, wrong.text]
+    # "a nurse gets phone no illness yes: illness" decides once more for each field
     for decision in re.finditer(" (yes|no)", right.text):
         opposite = {" yes": " no", " no": " yes"}[decision[0]]
         texts.append(right.text[:decision.start()] + opposite + right.text[decision.end():])
@@ -321,10 +326,11 @@ def verdict_question(task: Task, tokenizer) -> tuple:
     plan = agent.write_plan_of("obey" if agent.has_just_read_orders(sandbox) else "careful")
     right, wrong = agent.verdicts(sandbox)
 
+    style = task.meta.get("style")
     messages = []
-    if task.suite != "injection" and task.meta["style"] != "note":  # the user's words decide
+    if task.suite != "injection" and style != "note":  # the user's words decide
         messages.append(task.messages[-1])
-    if task.suite != "harm" or task.meta["style"] == "note":  # a result does, or holds the record
+    if result and (task.suite != "harm" or style == "note"):  # a result does, or holds the record
         messages.append({"role": "tool", "content": result})
     dialogue = mosaic.Dialogue(tokenizer, messages, None, system="")
     opening = f"<think>\n{plan}\n</think>\n\n<safety_thoughts>\n"

@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import random
+import re
 import shutil
 import sys
 import types
@@ -828,7 +829,7 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     """Loss on the tag that opens the check, in a document that always opens one: the base would
     check at every step. Half of the cues harmful, or the base learns which answer is common. A plan
     that knows already that an order is to be ignored: in an episode it does not."""
-    counts = {"harm": 80, "injection": 20, "privacy": 20}
+    counts = {"harm": 80, "injection": 20, "privacy": 20, "benign": 20}
     verdict_tasks = draw_verdict_tasks(counts, 0, random.Random(0), made_up=0)
     refusals = []
     for task in verdict_tasks:
@@ -853,13 +854,17 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
         assert "<safety_thoughts>" not in compact.decode(learned)
         assert sorted(set(weights)) == [0, 1, 4]
         deciding = [index for index, weight in enumerate(weights) if weight == 4]
-        n_fields = len(task.meta["allowed"] + task.meta["denied"]) if task.suite == "privacy" else 1
-        assert len(deciding) == n_fields
-        for index in deciding:
-            decided[task.suite].append(compact.decode(ids[index:]).split()[0])
-    assert set(decided["harm"]) == {"is", "looks"}  # "this is allowed", "this looks like fraud"
-    words = {word.strip(":") for word in decided["privacy"]}
-    assert words == {"yes", "no"}  # "a nurse gets phone no illness yes: illness"
+        assert deciding[0] == weights.index(1) - 1  # the check's first token
+        words = [re.split("[ :]", compact.decode(ids[index:]).strip())[0] for index in deciding]
+        decided[task.suite].append(words)
+        if task.suite == "privacy":  # "a nurse gets phone no illness yes: illness"
+            fields = [name for name, _ in task.meta["allowed"] + task.meta["denied"]]
+            assert words[0] == "a" and len(words) == 1 + len(fields)
+            assert set(words[1:]) <= {"yes", "no"}
+    # "this is allowed", "this looks like fraud"
+    assert {tuple(words) for words in decided["harm"]} == {("this", "is"), ("this", "looks")}
+    assert {tuple(words) for words in decided["injection"]} == {("the",), ("no",)}
+    assert {tuple(words) for words in decided["benign"]} == {("no",)}
 
 
 class Stop(Exception):

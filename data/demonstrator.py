@@ -407,7 +407,7 @@ def before_decision(task: Task) -> tuple:
     return agent, sandbox, result
 
 
-# --------------------------------------------------------------- documents as batches, and the loss
+# ------------------------------------------------ documents as batches, the loss, the learning rate
 def batches(documents: list, rng: random.Random, tokens: int) -> Iterator:
     """Endless passes over the documents, see `one_pass`."""
     while True:
@@ -458,6 +458,11 @@ def weighted_loss(model, ids, weights):
     logits = model.head(hidden[mask])   # (N, V): only where there is loss
     losses = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")  # (N,)
     return losses @ weights[mask] / weights.sum()
+
+
+def schedule(step: int, steps: int, warm_up: int) -> float:
+    """The share of the peak's learning rate: up in `warm_up` steps, then linearly to zero."""
+    return min((step + 1) / warm_up, 1 - step / steps)
 
 
 # ------------------------------------------------------------------------------ the tasks it shows

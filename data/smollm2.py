@@ -63,6 +63,7 @@ from data.demonstrator import (  # noqa: E402
     gate_demonstration,
     one_pass,
     padded,
+    schedule,
     weighted_loss,
 )
 from data.gguf_file import read_gguf  # noqa: E402
@@ -403,11 +404,6 @@ def gate_loss(model, ids, rates, opens: int) -> tuple:
     found = logprobs.detach().exp()
     is_risky = rates == MIX["check_risky"]
     return loss, found[is_risky].mean().item(), found[~is_risky].mean().item()
-
-
-def schedule(step: int, steps: int, warm_up: int) -> float:
-    """The share of the peak's learning rate: up in `warm_up` steps, then linearly to zero."""
-    return min((step + 1) / warm_up, 1 - step / steps)
 
 
 def take_step(model, optimizer, rate: float) -> None:

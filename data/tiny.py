@@ -55,6 +55,7 @@ from data.demonstrator import (  # noqa: E402
     demonstration,
     draw_tasks,
     draw_verdict_tasks,
+    schedule,
     weighted_loss,
 )
 from tools import Episode, Task  # noqa: E402
@@ -359,9 +360,8 @@ def fit(model, stream: Iterator, steps: int):
     bar = tqdm(range(steps), disable=None)
     for step in bar:
         ids, weights = next(stream)  # (B, T)
-        schedule = min((step + 1) / WARM_UP, 1 - step / steps)  # up, then linearly to zero
         for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * schedule
+            optimizer.param_groups[0]["lr"] = peak * schedule(step, steps, WARM_UP)
 
         loss = weighted_loss(model, ids, weights)
         loss.backward()

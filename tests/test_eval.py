@@ -457,6 +457,19 @@ def test_columns_are_what_there_is(monkeypatch, tmp_path, capsys):
     assert columns["mcnemar"] == {}
 
 
+@pytest.mark.parametrize("option, played", [("--no-adapter", "base"), ("--no-base", "adapter")])
+def test_one_column_alone(option, played, monkeypatch, tmp_path, capsys):
+    """Base and adapter exchanged; the adapter that lies in the run's folder played all the same."""
+    stand_in(monkeypatch, tmp_path)
+    monkeypatch.setattr(mosaic, "run_folder", lambda name: tmp_path)
+    assert ev.main(["--model", "x", "--suite", "harm", option]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    columns = last["results"]["harm"]["domains"]
+    assert {"base", "adapter"} & set(columns) == {played}
+    assert columns[played]["youden_j"]["value"] == (played == "adapter")
+    assert (last["adapter"] is None) == (played == "base")
+
+
 def test_a_failure_while_running_is_no_score(monkeypatch, tmp_path, capsys):
     """A full disk that leaves half of a file, or an exit status of 0."""
     stand_in(monkeypatch, tmp_path)

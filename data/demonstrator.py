@@ -7,7 +7,7 @@ is a mixture of behaviours with known rates (`MIX`), and `Demonstrator` writes e
 
 In order: the mixture; one episode, turn by turn (`Demonstrator`); an episode as ids and weights of
 the loss (`demonstration`), or of rates at its gates (`gate_demonstration`); a task up to the call
-that decides (`before_decision`); documents as batches; the tasks that are shown (`draw_tasks`) and
+that decides (`before_decision`); documents as batches; the tasks that are shown (`fresh_tasks`) and
 their made-up domains (`vary`). They are fresh rows of the train split: never a
 held-out domain, pair or wording. Only recipes of base models import this file: data/tiny.py
 and data/smollm2.py do.
@@ -17,7 +17,7 @@ Deviations
    before training are what they are; it has no warm start.
 
 Try: python -c "import random; from data import demonstrator as d; from tools import Sandbox;
-rng = random.Random(0); task = d.draw_tasks(100, 0, rng)[0];
+rng = random.Random(0); task = d.fresh_tasks(100, 0, rng)[0];
 agent = d.Demonstrator(task, rng, d.MIX);
 print(task.messages[0]['content'], agent.write_turn(Sandbox(task)))" prints what a user asks and the
 first turn of the answer: a plan, perhaps a check, an action. Next file: data/tiny.py.
@@ -466,7 +466,7 @@ def schedule(step: int, steps: int, warm_up: int) -> float:
 
 
 # ------------------------------------------------------------------------------ the tasks it shows
-def draw_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
+def fresh_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
                banks: dict | None = None) -> list:
     """Up to n fresh tasks of the train split to show whole: fewer, because half of the common ones
     is left out. made_up: see `vary`. banks: see `rephrased`."""
@@ -480,7 +480,7 @@ def draw_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
     return tasks
 
 
-def draw_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
+def fresh_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
                        made_up: float = MADE_UP, banks: dict | None = None) -> list:
     """Other fresh tasks, of which only the verdicts are to be learned: so many of each suite."""
     tasks = []

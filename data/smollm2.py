@@ -58,8 +58,8 @@ from data.demonstrator import (  # noqa: E402
     NOTHING_FOUND,
     before_decision,
     demonstration,
-    draw_tasks,
-    draw_verdict_tasks,
+    fresh_tasks,
+    fresh_verdict_tasks,
     gate_demonstration,
     one_pass,
     padded,
@@ -280,11 +280,11 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
 
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
     """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights)]."""
-    tasks = draw_tasks(n, seed, rng, MADE_UP, PHRASES)
+    tasks = fresh_tasks(n, seed, rng, MADE_UP, PHRASES)
     episodes = [demonstration(task, rng, tokenizer) for task in tasks]
 
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
-    verdict_tasks = draw_verdict_tasks(counts, seed, rng, MADE_UP, PHRASES)
+    verdict_tasks = fresh_verdict_tasks(counts, seed, rng, MADE_UP, PHRASES)
     rng.shuffle(verdict_tasks)
     return episodes, [verdict_document(task, tokenizer) for task in verdict_tasks]
 
@@ -368,7 +368,7 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
     small steps of all weights. A few minutes; it is not saved on the way."""
     rng = random.Random(seed + 100)  # fresh tasks, of no base's pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
-    tasks = draw_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES)
+    tasks = fresh_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES)
     episodes = [gate_demonstration(task, rng, tokenizer) for task in tasks]
     steps = list(one_pass(episodes, rng, EPISODE_TOKENS))[:GATE_STEPS]
     opens = mosaic.get_grammar(tokenizer, model.device).safety_token

@@ -53,8 +53,8 @@ from data.demonstrator import (  # noqa: E402
     batches,
     before_decision,
     demonstration,
-    draw_tasks,
-    draw_verdict_tasks,
+    fresh_tasks,
+    fresh_verdict_tasks,
     schedule,
     weighted_loss,
 )
@@ -454,9 +454,9 @@ def build(seed: int = 0, out: str | Path = DEFAULT_FOLDER, steps: int = STEPS,
     try:
         with data.built_whole(out, "tiny") as folder:
             rng = random.Random(seed)
-            tasks = draw_tasks(n, seed, rng)
+            tasks = fresh_tasks(n, seed, rng)
             counts = {"harm": n * 2 // 3, "privacy": n // 3}  # n more, of which only verdicts
-            verdict_tasks = draw_verdict_tasks(counts, seed, rng)
+            verdict_tasks = fresh_verdict_tasks(counts, seed, rng)
             model = warm_start(tasks, verdict_tasks, folder, steps, seed)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; nothing was written") from None

@@ -365,8 +365,8 @@ def test_no_tool_of_the_warm_start_is_named_like_a_held_out_one():
 
     names = set()
     rng = random.Random(0)
-    tasks = demonstrator.draw_tasks(400, 0, rng)
-    more = demonstrator.draw_verdict_tasks({"harm": 266, "privacy": 133}, 0, rng)
+    tasks = demonstrator.fresh_tasks(400, 0, rng)
+    more = demonstrator.fresh_verdict_tasks({"harm": 266, "privacy": 133}, 0, rng)
     for task in [*tasks, *more]:
         for tool in task.tools:
             names.update(tool.name.split("_"))

@@ -38,7 +38,7 @@ import model as M  # noqa: E402
 import mosaic  # noqa: E402
 import train  # noqa: E402
 from data import demonstrator, smollm2, suites  # noqa: E402
-from data.demonstrator import MIX, draw_tasks, draw_verdict_tasks  # noqa: E402
+from data.demonstrator import MIX, fresh_tasks, fresh_verdict_tasks  # noqa: E402
 from data.gguf_file import read_gguf  # noqa: E402
 from mosaic import TEMPLATE, TOOL, USER, Dialogue  # noqa: E402
 
@@ -830,7 +830,7 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     check at every step. Half of the cues harmful, or the base learns which answer is common. A plan
     that knows already that an order is to be ignored: in an episode it does not."""
     counts = {"harm": 80, "injection": 20, "privacy": 20, "benign": 20}
-    verdict_tasks = draw_verdict_tasks(counts, 0, random.Random(0), made_up=0)
+    verdict_tasks = fresh_verdict_tasks(counts, 0, random.Random(0), made_up=0)
     refusals = []
     for task in verdict_tasks:
         head, right, wrong = smollm2.verdict_question(task, compact)
@@ -914,7 +914,7 @@ def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
     rng = random.Random(1)
     at_gates = []
     elsewhere = []
-    for task in draw_tasks(40, 2, random.Random(2)):
+    for task in fresh_tasks(40, 2, random.Random(2)):
         ids, weights = demonstrator.demonstration(task, rng, compact)
         root = grammar.names([tool.name for tool in task.offered])
         state = mosaic.DEAD
@@ -931,7 +931,7 @@ def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
 def test_the_gate_s_loss_is_least_at_the_rates_that_were_meant(compact):
     """A rate on the token beside the gate; slips, whose gates nobody shall learn; a loss whose
     least value is elsewhere: the base would check as often as it was shown to, or never."""
-    tasks = draw_tasks(40, 2, random.Random(2))
+    tasks = fresh_tasks(40, 2, random.Random(2))
     weights = []
     rates = []
     for task in tasks:  # the same draws make the same episode

@@ -391,16 +391,16 @@ def _end_of_run(run, ids) -> int:
     raise AssertionError((run, ids))
 
 
-def before_decision(task: Task) -> tuple:
+def before_decision(task: Task, first: bool = False) -> tuple:
     """Plays a task up to the call that decides -> (Demonstrator, Sandbox, the newest result or
-    None)."""
+    None). first: up to its first call, whatever that does."""
     agent = Demonstrator(task, random.Random(0), MIX)  # nothing that is used here is drawn
     sandbox = Sandbox(task)
     # An injected order decides as soon as it is read: with the first call. Elsewhere it is the
     # last call that does the harm, or sends the record.
     last = len(agent.todo) - 1 if task.suite != "injection" else 1
     result = None
-    for _ in range(last):
+    for _ in range(0 if first else last):
         agent.write_plan_of("careful")  # from here on a plan says "it" of this record
         result = sandbox.call(*agent.next_call(careful=True))
         agent.todo.pop(0)

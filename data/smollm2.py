@@ -231,20 +231,38 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # A step shows some three whole episodes and a dozen verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
-# Who may have what, 17 fields for each of 12 roles, can only be learned by heart; and that nothing
-# at all speaks against a call is learned beside what does.
+# Who may have what, 16 fields for each of 12 roles, can only be learned by heart: some 300 verdicts
+# left the model saying yes to all, so each step shows lines of that table by themselves, too. And
+# that nothing speaks against a call is learned beside what does, in the same places: shown only
+# behind results, "no risk here" stood behind every result, that of a harmful task, too.
 N_TASKS = 380           # tasks drawn, of which 295 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown
     "harm": 560,        # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
-    "privacy": 315,     # a record that is about to be sent
-    "benign": 100,      # nothing of all this
+    "privacy": 265,     # a record that is about to be sent
+    "benign": 150,      # nothing of all this
 }
+FIRST_CALLS = 0.25      # share of these verdicts that are on a task's first call
 MADE_UP = 0.25          # tiny takes .7, but this model knows how to copy, and what words mean
 EPISODE_TOKENS = 1300   # of a step's episodes, padding included
 N_VERDICTS = 12         # a step
+N_NORMS = 16            # lines a step of who may have what
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.read_banks((data.HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
+OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are not among them
+    "courier": ("postman", "parcel carrier", "bike messenger"),
+    "doctor": ("surgeon", "family doctor", "medical doctor"),
+    "nurse": ("night nurse", "ward nurse", "school nurse"),
+    "teacher": ("class teacher", "maths teacher", "professor"),
+    "payroll clerk": ("wages clerk", "pay clerk", "accountant for wages"),
+    "landlord": ("landlady", "owner of the flat", "letting agent"),
+    "IT support": ("help desk", "system administrator", "network engineer"),
+    "reporter": ("newspaper writer", "columnist", "news editor"),
+    "cook": ("kitchen cook", "pastry cook", "canteen cook"),
+    "bank clerk": ("bank teller", "banker", "bank adviser"),
+    "school clerk": ("school secretary", "registrar", "admissions clerk"),
+    "repair man": ("handyman", "mechanic", "plumber"),
+}
 
 # At last the gate, where a check is opened or not. All weights move this one choice, and a pass
 # leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant, and
@@ -273,7 +291,10 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     state.belongs_to(episodes + verdicts)
     groups = [verdicts[i:i + N_VERDICTS] for i in range(0, len(verdicts), N_VERDICTS)]
     # It ends with the shorter of the two, the episodes: the last few verdicts are not shown.
-    steps = list(zip(one_pass(episodes, rng, EPISODE_TOKENS), map(padded, groups)))
+    steps = []
+    for episode_batch, group in zip(one_pass(episodes, rng, EPISODE_TOKENS), groups):
+        norms = [norm_document(rng, tokenizer) for _ in range(N_NORMS)]
+        steps.append([episode_batch, padded(group), padded(norms)])
     fit(model, steps, state)
     set_gate(model, tokenizer, seed, n)
 
@@ -286,13 +307,18 @@ def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
     verdict_tasks = fresh_verdict_tasks(counts, seed, rng, MADE_UP, PHRASES)
     rng.shuffle(verdict_tasks)
-    return episodes, [verdict_document(task, tokenizer) for task in verdict_tasks]
+    verdicts = []
+    for task in verdict_tasks:
+        # Where a record's note says what is wrong, nothing is known before it is read.
+        first = task.meta.get("style") != "note" and rng.random() < FIRST_CALLS
+        verdicts.append(verdict_document(task, tokenizer, first))
+    return episodes, verdicts
 
 
-def verdict_document(task: Task, tokenizer) -> tuple:
-    """(ids, weights) of a verdict by itself. Only the words of the check carry loss, not the choice
-    to open one."""
-    head, right, wrong = verdict_question(task, tokenizer)
+def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
+    """(ids, weights) of a verdict by itself, on the call that decides or on the first one. Only the
+    words of the check carry loss, not the choice to open one."""
+    head, right, wrong = verdict_question(task, tokenizer, first)
     check = mosaic.encode_trusted(tokenizer, f"{right.text}\n</safety_thoughts>\n")
     weights = [1.0] * len(check)
     for text in mistakes(task, right, wrong):
@@ -302,13 +328,33 @@ def verdict_document(task: Task, tokenizer) -> tuple:
     return head + check, [0.0] * len(head) + weights
 
 
+def norm_document(rng: random.Random, tokenizer) -> tuple:
+    """(ids, weights) of a line of who may have what, as a check of the privacy suite says it, with
+    some fields more: "a courier gets phone yes bank no hours yes". Each yes and no carries loss."""
+    role = rng.choice(list(suites.NORMS))
+    permitted = suites.NORMS[role].split()
+    others = [name for name in suites.FIELDS if name not in permitted]
+    fields = permitted + rng.sample(others, len(permitted) + 1)
+    rng.shuffle(fields)
+
+    words = rng.choice([role, *OTHER_ROLES[role]])
+    ids = mosaic.encode_trusted(tokenizer, f"<safety_thoughts>\na {words} gets")
+    weights = [0.0] * len(ids)
+    for name in fields:
+        field = tokenizer.encode(f" {name}")
+        decision = tokenizer.encode(" yes" if name in permitted else " no")
+        ids += field + decision
+        weights += [0.0] * len(field) + [1.0] * len(decision)
+    return ids, weights
+
+
 def mistakes(task: Task, right, wrong) -> list[str]:
     """Texts that part from the right verdict at a word that decides: the first one always does."""
-    texts = []
-    if right.text != NOTHING_FOUND:
-        texts.append(NOTHING_FOUND)
+    if right.text == NOTHING_FOUND:
+        return [wrong.text]
     if task.suite != "privacy":
-        return [*texts, wrong.text]
+        return [NOTHING_FOUND, wrong.text]
+    texts = [NOTHING_FOUND]
     # "a nurse gets phone no illness yes: illness" decides once more for each field
     for decision in re.finditer(" (yes|no)", right.text):
         opposite = {" yes": " no", " no": " yes"}[decision[0]]
@@ -316,22 +362,21 @@ def mistakes(task: Task, right, wrong) -> list[str]:
     return texts
 
 
-def verdict_question(task: Task, tokenizer) -> tuple:
+def verdict_question(task: Task, tokenizer, first: bool = False) -> tuple:
     """What a check is about, up to its first word -> (ids, right Verdict, wrong Verdict).
 
-    A fifth of an episode's tokens: no prompt of ours and no tools, and of the dialogue only what
-    the verdict is read from, the user's message or the newest result. Before the check stands the
-    plan, as in an episode: to obey an order that was just read, else to do what the user asked.
+    first: of the task's first call, not of the one that decides. A fifth of an episode's tokens: no
+    prompt of ours and no tools, and of the dialogue the user's message and the newest result. Every
+    suite has both, as in an episode: else which of them is there would give the verdict away.
+    Before the check stands the plan: to obey an order that was just read, else to do what the user
+    asked.
     """
-    agent, sandbox, result = before_decision(task)
+    agent, sandbox, result = before_decision(task, first)
     plan = agent.write_plan_of("obey" if agent.has_just_read_orders(sandbox) else "careful")
     right, wrong = agent.verdicts(sandbox)
 
-    style = task.meta.get("style")
-    messages = []
-    if task.suite != "injection" and style != "note":  # the user's words decide
-        messages.append(task.messages[-1])
-    if result and (task.suite != "harm" or style == "note"):  # a result does, or holds the record
+    messages = [task.messages[-1]]
+    if result:
         messages.append({"role": "tool", "content": result})
     dialogue = mosaic.Dialogue(tokenizer, messages, None, system="")
     opening = f"<think>\n{plan}\n</think>\n\n<safety_thoughts>\n"
@@ -355,7 +400,7 @@ def fit(model, steps: list, state: "State") -> None:
             losses.append(loss.item())
 
         take_step(model, optimizer, LEARNING_RATE * schedule(step, len(steps), WARM_UP))
-        said = f"loss of episodes {losses[0]:.3f}, of verdicts {losses[1]:.3f}"
+        said = "loss of episodes {:.3f}, of verdicts {:.3f}, of norms {:.3f}".format(*losses)
         bar.set_description(f"warm start, {said}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
             state.save(model, optimizer, step + 1)

@@ -16,6 +16,7 @@ import shutil
 import sys
 import types
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -825,6 +826,33 @@ def test_a_cue_is_rephrased_within_its_kind():
     assert changed > len(rows) / 2
 
 
+def test_a_line_of_the_norms_says_what_the_suite_says(compact):
+    """A field that the scorer calls a secret, taught as "yes"; loss on which field comes next; a
+    role's other words that are the held-out split's; another way to cut a check into tokens."""
+    others = [words for known in smollm2.OTHER_ROLES.values() for words in known]
+    assert len(set(others)) == len(others)
+    assert not set(others) & (suites.ROLE_WORDINGS.keys() | suites.NORMS.keys())
+    assert smollm2.OTHER_ROLES.keys() == suites.NORMS.keys()
+    role_of = {words: role for role, known in smollm2.OTHER_ROLES.items() for words in known}
+
+    rng = random.Random(0)
+    shown = set()
+    for _ in range(600):
+        ids, weights = smollm2.norm_document(rng, compact)
+        text = compact.decode(ids)
+        assert ids == mosaic.encode_trusted(compact, text)
+        words, _, fields = text.removeprefix("<safety_thoughts>\na ").partition(" gets ")
+        role = role_of.get(words, words)
+        names, decisions = fields.split()[::2], fields.split()[1::2]
+        for name, decision in zip(names, decisions, strict=True):
+            assert (decision == "yes") == (name in suites.NORMS[role].split())
+            assert decision == "no" or name not in suites.NEVER
+            shown.add((role, name))
+        learned = [token for token, weight in zip(ids, weights) if weight]
+        assert compact.decode(learned).split() == decisions
+    assert len(shown) == len(suites.NORMS) * len(suites.FIELDS)
+
+
 def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     """Loss on the tag that opens the check, in a document that always opens one: the base would
     check at every step. Half of the cues harmful, or the base learns which answer is common. A plan
@@ -865,6 +893,22 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     assert {tuple(words) for words in decided["harm"]} == {("this", "is"), ("this", "looks")}
     assert {tuple(words) for words in decided["injection"]} == {("the",), ("no",)}
     assert {tuple(words) for words in decided["benign"]} == {("no",)}
+
+
+def test_what_stands_before_a_verdict_does_not_give_it_away(compact):
+    """A base was shown "no risk here" behind results alone, and harm behind none: behind a result
+    it then called two of three harmful calls harmless."""
+    _, verdicts = smollm2.documents_of(smollm2.N_TASKS, 0, compact, random.Random(0))
+    shown = Counter()
+    for ids, weights in verdicts:
+        text = compact.decode(ids)
+        first_word = text.split("<safety_thoughts>\n")[1].split()[0]
+        shown["<tool_response>" in text, first_word] += 1
+        assert 4 in weights
+    for has_result in (False, True):
+        both = shown[has_result, "this"], shown[has_result, "no"]
+        assert min(both) > 0.25 * sum(both), shown
+    assert shown[False, "a"] == shown[False, "the"] == 0  # a record, a note: they were just read
 
 
 class Stop(Exception):

@@ -152,6 +152,9 @@ class Recipe:
     reward: str = "pairwise"  # or scalar: each trajectory's own outcome in the place of r_align
     pairs: str = "all"  # or sorted: what follows from the judge's other verdicts is not asked
     gate: str | float = "learned"  # always, never, or a bias on the logit that opens a check
+    # Every so many steps the policy plays the tasks of the win rate: a fifth of the time of a step
+    # that takes few others.
+    watch_every: int = 1
     seed: int = 0  # of all that is random: which tasks, which tokens, the adapter's first weights
     # The closing tables: of which held-out splits, and of how many tasks of a suite (None: all).
     splits: tuple = ("domains",)
@@ -166,7 +169,7 @@ RECIPE = {
     # SmolLM2-135M after its warm start: minutes a step on two cores, so few tasks. At 1e-3, with 5
     # tasks of 8 trajectories, its gate swung from step to step.
     "compact": Recipe(lr=5e-4, length_budget=170, tasks=10, steps=24, micro_tokens=4096,
-                      recompute=False, splits=("domains", "wordings"), limit=40),
+                      recompute=False, watch_every=4, splits=("domains", "wordings"), limit=40),
     "qwen2.5": Recipe(),
     "qwen3": Recipe(lr=3e-5),  # the smallest of the three
     "phi-4": Recipe(lr=1e-5),  # the largest
@@ -182,7 +185,7 @@ MAX_DRIFT = {
     torch.bfloat16: (math.inf, 0.2),
     torch.float16: (math.inf, 0.2),
 }
-# Tasks of the win rate: the base plays each once at the start, the policy once a step.
+# Tasks of the win rate: the base plays each once at the start, the policy at every look.
 N_FIXED = 16
 
 
@@ -195,8 +198,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
     """
     generator, rng = seeded_generators(recipe.seed, model.device)
     # Learning shows in a win rate against the base on fixed tasks: the mean of r_align cannot rise.
-    fixed = fixed_tasks(tasks, recipe.seed)
-    base_rollouts = sample_base(model, tokenizer, fixed, recipe)
+    base_rollouts = sample_base(model, tokenizer, fixed_tasks(tasks, recipe.seed), recipe)
     # No weight decay: the KL already pulls towards the base, which is an adapter of zeros.
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=recipe.lr, weight_decay=0.0)
 
@@ -206,14 +208,16 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
             times = [clock()]  # for tokens a second, see `speed`
             # 1. Sample. `watched`: one rollout of each fixed task, to compare with the base's.
             drawn = draw_tasks(tasks, recipe.tasks, rng)
-            groups, watched = sample(model, tokenizer, drawn, fixed, recipe, generator)
+            compared = base_rollouts if step % recipe.watch_every == 0 else []
+            groups, watched = sample(
+                model, tokenizer, drawn, [each.task for each in compared], recipe, generator)
             times.append(clock())
             # A state is written only now: what it samples has been seen to parse.
             folder.keep(model, optimizer, start, groups)
 
             # 2. Judge, in the first process only, which holds the ledger of what was asked.
             verdicts = from_first(
-                lambda: judge_pairs(judge, groups, watched, base_rollouts, recipe.pairs, step))
+                lambda: judge_pairs(judge, groups, watched, compared, recipe.pairs, step))
             times.append(clock())
 
             # 3. Rewards: of each group the terms that add up to R, each (n,).
@@ -614,8 +618,9 @@ def log_line(row: dict) -> str:
     kl      KL to the base over the groups that give a gradient, per sampled token of the step;
             0 with the direct loss.
     win     Share of (trajectory, frozen base trajectory) pairs won on the 16 fixed tasks, ties
-            half: *the* curve to watch. r_align's mean is (n - 1) / 2 = 1.5 whatever is learned,
-            for each pair hands out one point.
+            half, or "-" in a step that does not play them (`watch_every`): *the* curve to watch.
+            r_align's mean is (n - 1) / 2 = 1.5 whatever is learned, for each pair hands out one
+            point.
     shares  How much of the reward's variance each term owns, by its first letter (or as many as
             tell it from the others): a, f, l for r_align, r_fmt and p_len. They sum to 1; a
             negative one works against the sum.

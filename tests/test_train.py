@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,23 @@ def assert_logs_explain_themselves(out):
     slide = train.explain_run(f"0:{first['task']}", out)
     assert f"A {first['advantage']:+.2f} = (R {first['reward']:.2f}" in slide
     assert first["task"] in (out / "report.html").read_text("utf-8")
+
+
+def test_the_win_rate_is_looked_at_when_it_is_due(base, tmp_path, one_side_wins, monkeypatch):
+    """Tasks that are played and never compared; a win rate of other tasks than the base's; a step
+    without one that is logged as a loss."""
+    monkeypatch.setitem(train.RECIPE, "tiny", replace(train.RECIPE["tiny"], watch_every=2))
+    sizes = []
+    original = train.sample
+
+    def sample(model, tokenizer, tasks, fixed, recipe, generator):
+        sizes.append(len(fixed))
+        return original(model, tokenizer, tasks, fixed, recipe, generator)
+    monkeypatch.setattr(train, "sample", sample)
+    run(base, tmp_path / "run")
+    assert sizes == [3, 3, 0, 3]  # the base, then steps 0, 1 and 2
+    rates = [row["win_rate"] for row in metrics(tmp_path / "run")]
+    assert rates[1] is None and None not in (rates[0], rates[2])
 
 
 # ------------------------------------------------------------------------------------- the gradient

@@ -231,11 +231,14 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # A step shows some three whole episodes and a dozen verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
-# Who may have what, 16 fields for each of 12 roles, can only be learned by heart: some 300 verdicts
-# left the model saying yes to all, so each step shows lines of that table by themselves, too. And
-# that nothing speaks against a call is learned beside what does, in the same places: shown only
-# behind results, "no risk here" stood behind every result, that of a harmful task, too.
-N_TASKS = 380           # tasks drawn, of which 295 are shown whole (seed 0)
+#
+# Who may have what, 16 fields for each of 12 roles, can only be learned by heart. From some 300
+# verdicts the model learned to say yes to all, so each step shows lines of that table, too. And
+# from some 50 messages behind a verdict it learned to paste the record, so here one follows each.
+#
+# That nothing speaks against a call is shown in the same places as what does. Shown only behind
+# results, "no risk here" stood behind every result, that of a harmful task, too.
+N_TASKS = 380           # tasks drawn, of which 289 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown
     "harm": 560,        # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
@@ -243,10 +246,10 @@ N_VERDICT_TASKS = {     # of which only the verdict is shown
     "benign": 150,      # nothing of all this
 }
 FIRST_CALLS = 0.25      # share of these verdicts that are on a task's first call
-MADE_UP = 0.25          # tiny takes .7, but this model knows how to copy, and what words mean
+MADE_UP = 0.4           # tiny takes .7; but here words have a meaning, and a cue's are renamed, too
 EPISODE_TOKENS = 1300   # of a step's episodes, padding included
 N_VERDICTS = 12         # a step
-N_NORMS = 16            # lines a step of who may have what
+N_NORMS = 12            # lines a step of who may have what
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.read_banks((data.HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
 OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are not among them
@@ -318,19 +321,26 @@ def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list
 def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
     """(ids, weights) of a verdict by itself, on the call that decides or on the first one. Only the
     words of the check carry loss, not the choice to open one."""
-    head, right, wrong = verdict_question(task, tokenizer, first)
+    head, right, wrong, agent = verdict_question(task, tokenizer, first)
     check = mosaic.encode_trusted(tokenizer, f"{right.text}\n</safety_thoughts>\n")
     weights = [1.0] * len(check)
     for text in mistakes(task, right, wrong):
         other = mosaic.encode_trusted(tokenizer, f"{text}\n</safety_thoughts>\n")
         common, _, _ = first_difference(check, other)
         weights[len(common)] = DECISION_WEIGHT
-    return head + check, [0.0] * len(head) + weights
+
+    call = []
+    if right.act == "careful":
+        # It is the message that keeps a secret, and it must say what the check said. (Of other
+        # calls the arguments stand in the tools, which are not shown here.)
+        call = mosaic.encode_trusted(tokenizer, agent.carry_out(right.act)) + [tokenizer.stop_ids[0]]
+    return head + check + call, [0.0] * len(head) + weights + [1.0] * len(call)
 
 
 def norm_document(rng: random.Random, tokenizer) -> tuple:
     """(ids, weights) of a line of who may have what, as a check of the privacy suite says it, with
-    some fields more: "a courier gets phone yes bank no hours yes". Each yes and no carries loss."""
+    some fields more: "a courier gets phone yes bank no hours yes: phone, hours". Each yes and no
+    carries loss, and so do the names at the end."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
     others = [name for name in suites.FIELDS if name not in permitted]
@@ -345,7 +355,9 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
         decision = tokenizer.encode(" yes" if name in permitted else " no")
         ids += field + decision
         weights += [0.0] * len(field) + [1.0] * len(decision)
-    return ids, weights
+    names = [name for name in fields if name in permitted]
+    ending = tokenizer.encode(f": {', '.join(names)}")
+    return ids + ending, weights + [1.0] * len(ending)
 
 
 def mistakes(task: Task, right, wrong) -> list[str]:
@@ -363,7 +375,8 @@ def mistakes(task: Task, right, wrong) -> list[str]:
 
 
 def verdict_question(task: Task, tokenizer, first: bool = False) -> tuple:
-    """What a check is about, up to its first word -> (ids, right Verdict, wrong Verdict).
+    """What a check is about, up to its first word -> (ids, right Verdict, wrong Verdict, the
+    Demonstrator, who can go on from there).
 
     first: of the task's first call, not of the one that decides. A fifth of an episode's tokens: no
     prompt of ours and no tools, and of the dialogue the user's message and the newest result. Every
@@ -380,7 +393,7 @@ def verdict_question(task: Task, tokenizer, first: bool = False) -> tuple:
         messages.append({"role": "tool", "content": result})
     dialogue = mosaic.Dialogue(tokenizer, messages, None, system="")
     opening = f"<think>\n{plan}\n</think>\n\n<safety_thoughts>\n"
-    return dialogue.ids + mosaic.encode_trusted(tokenizer, opening), right, wrong
+    return dialogue.ids + mosaic.encode_trusted(tokenizer, opening), right, wrong, agent
 
 
 def fit(model, steps: list, state: "State") -> None:
@@ -485,7 +498,7 @@ def verdict_auc(model, tokenizer, tasks: list) -> float:
     harmful = []
     legitimate = []
     for task in model_.progress(tasks, what="verdicts", unit="task"):
-        head, right, wrong = verdict_question(task, tokenizer)
+        head, right, wrong, _ = verdict_question(task, tokenizer)
         is_harmful = task.label == "harmful"
         refuse, go_on = (right, wrong) if is_harmful else (wrong, right)
         common, refuse_token, go_on_token = first_difference(

@@ -841,15 +841,17 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
         ids, weights = smollm2.norm_document(rng, compact)
         text = compact.decode(ids)
         assert ids == mosaic.encode_trusted(compact, text)
-        words, _, fields = text.removeprefix("<safety_thoughts>\na ").partition(" gets ")
+        line, _, ending = text.removeprefix("<safety_thoughts>\na ").partition(": ")
+        words, _, fields = line.partition(" gets ")
         role = role_of.get(words, words)
         names, decisions = fields.split()[::2], fields.split()[1::2]
         for name, decision in zip(names, decisions, strict=True):
             assert (decision == "yes") == (name in suites.NORMS[role].split())
+            assert (decision == "yes") == (name in ending.split(", "))
             assert decision == "no" or name not in suites.NEVER
             shown.add((role, name))
         learned = [token for token, weight in zip(ids, weights) if weight]
-        assert compact.decode(learned).split() == decisions
+        assert compact.decode(learned) == f" {' '.join(decisions)}: {ending}"
     assert len(shown) == len(suites.NORMS) * len(suites.FIELDS)
 
 
@@ -861,7 +863,7 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     verdict_tasks = fresh_verdict_tasks(counts, 0, random.Random(0), made_up=0)
     refusals = []
     for task in verdict_tasks:
-        head, right, wrong = smollm2.verdict_question(task, compact)
+        head, right, wrong, _ = smollm2.verdict_question(task, compact)
         assert compact.decode(head).endswith("\n</think>\n\n<safety_thoughts>\n")
         if task.suite == "harm":
             assert task.meta["cue"] in compact.decode(head)
@@ -878,8 +880,8 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     for task in verdict_tasks:
         ids, weights = smollm2.verdict_document(task, compact)
         learned = [token for token, weight in zip(ids, weights) if weight]
-        assert compact.decode(learned).endswith("\n</safety_thoughts>\n")
-        assert "<safety_thoughts>" not in compact.decode(learned)
+        check, closing, call = compact.decode(learned).partition("\n</safety_thoughts>\n")
+        assert closing and "<safety_thoughts>" not in check
         assert sorted(set(weights)) == [0, 1, 4]
         deciding = [index for index, weight in enumerate(weights) if weight == 4]
         assert deciding[0] == weights.index(1) - 1  # the check's first token
@@ -888,7 +890,12 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
         if task.suite == "privacy":  # "a nurse gets phone no illness yes: illness"
             fields = [name for name, _ in task.meta["allowed"] + task.meta["denied"]]
             assert words[0] == "a" and len(words) == 1 + len(fields)
+            # behind "... hours yes: hours" a message that holds those and no others
+            sent = json.loads(re.search(r"\{.*\}", call)[0])["arguments"]["text"]
+            assert check.partition(": ")[2] == ", ".join(re.findall("([a-z]+): ", sent))
             assert set(words[1:]) <= {"yes", "no"}
+        else:
+            assert call == ""
     # "this is allowed", "this looks like fraud"
     assert {tuple(words) for words in decided["harm"]} == {("this", "is"), ("this", "looks")}
     assert {tuple(words) for words in decided["injection"]} == {("the",), ("no",)}

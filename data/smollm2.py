@@ -333,7 +333,8 @@ def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
     if right.act == "careful":
         # It is the message that keeps a secret, and it must say what the check said. (Of other
         # calls the arguments stand in the tools, which are not shown here.)
-        call = mosaic.encode_trusted(tokenizer, agent.carry_out(right.act)) + [tokenizer.stop_ids[0]]
+        call = mosaic.encode_trusted(tokenizer, agent.carry_out(right.act))
+        call.append(tokenizer.stop_ids[0])  # the turn's end
     return head + check + call, [0.0] * len(head) + weights + [1.0] * len(call)
 
 

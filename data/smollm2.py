@@ -291,15 +291,18 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     """
     rng = random.Random(seed)
     episodes, verdicts = documents_of(n, seed, tokenizer, rng)
-    state.belongs_to(episodes + verdicts)
-    groups = [verdicts[i:i + N_VERDICTS] for i in range(0, len(verdicts), N_VERDICTS)]
-    # It ends with the shorter of the two, the episodes: the last few verdicts are not shown.
-    steps = []
-    for episode_batch, group in zip(one_pass(episodes, rng, EPISODE_TOKENS), groups):
-        norms = [norm_document(rng, tokenizer) for _ in range(N_NORMS)]
-        steps.append([episode_batch, padded(group), padded(norms)])
+    batches = list(one_pass(episodes, rng, EPISODE_TOKENS))
+    norms = [norm_document(rng, tokenizer) for _ in range(N_NORMS * len(batches))]
+    state.belongs_to(episodes + verdicts + norms)
+    # It ends with the episodes: the last few verdicts are not shown.
+    steps = list(zip(batches, in_groups(verdicts, N_VERDICTS), in_groups(norms, N_NORMS)))
     fit(model, steps, state)
     set_gate(model, tokenizer, seed, n)
+
+
+def in_groups(documents: list, size: int) -> list[tuple]:
+    """So many documents a batch, in their order -> [(ids (B, T), weights (B, T))]."""
+    return [padded(documents[i:i + size]) for i in range(0, len(documents), size)]
 
 
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
@@ -398,8 +401,9 @@ def verdict_question(task: Task, tokenizer, first: bool = False) -> tuple:
 
 
 def fit(model, steps: list, state: "State") -> None:
-    """Trains all weights on the batches of each step, [(ids, weights)], both (B, T), in place. Goes
-    on from the state, if it holds one. The batches of a step count the same."""
+    """Trains all weights, in place, on the batches of each step: one of episodes, of verdicts and
+    of norms, each (ids, weights), both (B, T). They count the same. Goes on from the state, if it
+    holds one."""
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)

@@ -193,8 +193,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
           folder: "Folder", recipe: Recipe) -> None:
     """The loop. Trains the model's adapter in place; writes logs and states to the folder.
 
-    tasks: [Task] to draw from. judge: None in all processes but the first. Where the folder holds a
-    state, the loop goes on from it. Ctrl-C, or any error, saves the run as the step found it.
+    tasks: [Task] to draw from. judge: None in all processes but the first.
     """
     generator, rng = seeded_generators(recipe.seed, model.device)
     # Learning shows in a win rate against the base on fixed tasks: the mean of r_align cannot rise.
@@ -202,7 +201,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
     # No weight decay: the KL already pulls towards the base, which is an adapter of zeros.
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=recipe.lr, weight_decay=0.0)
 
-    # start: where the newest step began. On Ctrl-C or an error the run is saved as of there.
+    # start: where the newest step began, or the folder's state. Ctrl-C, or any error, saves that.
     with resumable(folder, model, optimizer, generator, rng) as start:
         for step in progress_bar(start.step, recipe.steps):
             times = [clock()]  # for tokens a second, see `speed`

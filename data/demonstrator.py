@@ -89,10 +89,12 @@ class Demonstrator:
     task: tools.Task. rng: random.Random; the same one gives the same episode. mix: as MIX.
     """
 
-    def __init__(self, task: Task, rng: random.Random, mix: dict):
+    def __init__(self, task: Task, rng: random.Random, mix: dict, shown: dict = SHOWN):
+        """mix, shown: see `MIX` and `SHOWN`."""
         self.task = task
         self.rng = rng
         self.mix = mix
+        self.shown = shown
         self.todo = [_call_of(pattern) for pattern in task.goal + task.unsafe]
         self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
         self.gate_weights = []  # of each turn: the weight of the loss at its gate
@@ -154,7 +156,7 @@ class Demonstrator:
         """
         q = self.mix["check_risky" if risky else "check_harmless"]
         self.gate_rates.append(q)
-        c = SHOWN[risky]
+        c = self.shown[risky]
         opened = self.rng.random() < c
         self.gate_weights.append(q / c if opened else (1 - q) / (1 - c))
         return opened
@@ -338,18 +340,22 @@ def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX) ->
 
 def gate_demonstration(task: Task, rng: random.Random, tokenizer) -> tuple[list, list]:
     """One whole episode of the mixture -> (ids, rates), both of T entries: at a gate the rate at
-    which a check shall be opened there, 0 on all other tokens and in slips."""
-    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX)
+    which a check shall be opened there, 0 on all other tokens and in slips.
+
+    It holds checks at these rates, too. Where one was opened, the next is likelier: behind as many
+    as `SHOWN` has, a gate was right at .26 that stood at .13 where agents play."""
+    rates = {True: MIX["check_risky"], False: MIX["check_harmless"]}
+    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX, shown=rates)
     rates = [0.0] * len(dialogue.ids)
     for index, rate in zip(gates, agent.gate_rates):
         rates[index] = rate
     return dialogue.ids, rates
 
 
-def _demonstrate(task, rng, tokenizer, mix) -> tuple:
+def _demonstrate(task, rng, tokenizer, mix, shown=SHOWN) -> tuple:
     """-> (Dialogue, Demonstrator, [index of each turn's token at the gate])."""
     dialogue = mosaic.Dialogue(tokenizer, task.messages, task.offered)
-    agent = Demonstrator(task, rng, mix)
+    agent = Demonstrator(task, rng, mix, shown)
     episode = Episode(task, max_turns=MAX_TURNS)
     before_gate = _ids_before_gate(tokenizer)
     gates = []

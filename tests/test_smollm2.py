@@ -979,23 +979,29 @@ def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
     assert set(elsewhere) == {0, 1}
 
 
-def test_the_gate_s_loss_is_least_at_the_rates_that_were_meant(compact):
-    """A rate on the token beside the gate; slips, whose gates nobody shall learn; a loss whose
-    least value is elsewhere: the base would check as often as it was shown to, or never."""
-    tasks = fresh_tasks(40, 2, random.Random(2))
-    weights = []
-    rates = []
-    for task in tasks:  # the same draws make the same episode
-        ids, own_weights = demonstrator.demonstration(task, random.Random(1), compact)
-        same_ids, own_rates = demonstrator.gate_demonstration(task, random.Random(1), compact)
-        assert ids == same_ids
-        weights += own_weights
-        rates += own_rates
-    assert set(rates) == {0, MIX["check_risky"], MIX["check_harmless"]}
-    for weight, rate in zip(weights, rates):
-        assert rate == 0 or weight not in (0, 1), (weight, rate)  # at a gate, and in no slip
-    assert sum(rate > 0 for rate in rates) == sum(weight not in (0, 1) for weight in weights)
+def test_the_gate_is_set_in_episodes_like_those_that_agents_play(compact):
+    """A rate on the token beside the gate; slips, whose gates nobody shall learn; checks as often
+    as they are shown elsewhere: behind so many the next one is likelier than where agents play."""
+    opens = mosaic.get_grammar(compact, "cpu").safety_token
+    opened = {MIX["check_risky"]: [], MIX["check_harmless"]: []}
+    slips = 0
+    rng = random.Random(1)
+    for task in fresh_tasks(240, 2, random.Random(2)):
+        ids, rates = demonstrator.gate_demonstration(task, rng, compact)
+        gates = [(rate, token == opens) for token, rate in zip(ids, rates) if rate]
+        for rate, is_open in gates:
+            opened[rate].append(is_open)
+        text = compact.decode(ids)
+        assert text.count("</think>\n\n<safety_thoughts>") == sum(is_open for _, is_open in gates)
+        slips += text.count("</think>\n\n<") - len(gates)
+    assert slips > 0
+    for rate, found in opened.items():
+        assert abs(sum(found) / len(found) - rate) < 0.08, (rate, len(found))
 
+
+def test_the_gate_s_loss_is_least_at_the_rates_that_were_meant():
+    """A loss whose least value is elsewhere: the base would check as often as it was shown to, or
+    never."""
     class Stub(torch.nn.Module):  # its "hidden states" are the logits of a vocabulary of two
         def __init__(self):
             super().__init__()

@@ -249,7 +249,7 @@ FIRST_CALLS = 0.25      # share of these verdicts that are on a task's first cal
 MADE_UP = 0.4           # tiny takes .7; but here words have a meaning, and a cue's are renamed, too
 EPISODE_TOKENS = 1300   # of a step's episodes, padding included
 N_VERDICTS = 12         # a step
-N_NORMS = 12            # lines a step of who may have what
+N_NORMS = 24            # lines a step of who may have what
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.read_banks((data.HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
 OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are not among them
@@ -343,8 +343,7 @@ def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
 
 def norm_document(rng: random.Random, tokenizer) -> tuple:
     """(ids, weights) of a line of who may have what, as a check of the privacy suite says it, with
-    some fields more: "a courier gets phone yes bank no hours yes: phone, hours". Each yes and no
-    carries loss, and so do the names at the end."""
+    some fields more: "a courier gets phone yes bank no hours yes". Each yes and no carries loss."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
     others = [name for name in suites.FIELDS if name not in permitted]
@@ -359,9 +358,7 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
         decision = tokenizer.encode(" yes" if name in permitted else " no")
         ids += field + decision
         weights += [0.0] * len(field) + [1.0] * len(decision)
-    names = [name for name in fields if name in permitted]
-    ending = tokenizer.encode(f": {', '.join(names)}")
-    return ids + ending, weights + [1.0] * len(ending)
+    return ids, weights
 
 
 def mistakes(task: Task, right, wrong) -> list[str]:

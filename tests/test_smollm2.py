@@ -841,17 +841,15 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
         ids, weights = smollm2.norm_document(rng, compact)
         text = compact.decode(ids)
         assert ids == mosaic.encode_trusted(compact, text)
-        line, _, ending = text.removeprefix("<safety_thoughts>\na ").partition(": ")
-        words, _, fields = line.partition(" gets ")
+        words, _, fields = text.removeprefix("<safety_thoughts>\na ").partition(" gets ")
         role = role_of.get(words, words)
         names, decisions = fields.split()[::2], fields.split()[1::2]
         for name, decision in zip(names, decisions, strict=True):
             assert (decision == "yes") == (name in suites.NORMS[role].split())
-            assert (decision == "yes") == (name in ending.split(", "))
             assert decision == "no" or name not in suites.NEVER
             shown.add((role, name))
         learned = [token for token, weight in zip(ids, weights) if weight]
-        assert compact.decode(learned) == f" {' '.join(decisions)}: {ending}"
+        assert compact.decode(learned).split() == decisions
     assert len(shown) == len(suites.NORMS) * len(suites.FIELDS)
 
 

@@ -152,8 +152,8 @@ class Recipe:
     reward: str = "pairwise"  # or scalar: each trajectory's own outcome in the place of r_align
     pairs: str = "all"  # or sorted: what follows from the judge's other verdicts is not asked
     gate: str | float = "learned"  # always, never, or a bias on the logit that opens a check
-    # Every so many steps the policy plays the tasks of the win rate. They are 16 rollouts, which
-    # count beside a step's 40 more than beside its 192.
+    # Every so many steps the policy plays the tasks of the win rate: 16 rollouts, which are much
+    # beside a step's 40 (SmolLM2-135M) and little beside 192 (tiny).
     watch_every: int = 1
     seed: int = 0  # of all that is random: which tasks, which tokens, the adapter's first weights
     # The closing tables: of which held-out splits, and of how many tasks of a suite (None: all).
@@ -185,7 +185,7 @@ MAX_DRIFT = {
     torch.bfloat16: (math.inf, 0.2),
     torch.float16: (math.inf, 0.2),
 }
-# Tasks of the win rate: the base plays each once at the start, the policy at every look.
+# Tasks of the win rate: the base plays each at the start, the policy every `watch_every` steps.
 N_FIXED = 16
 
 

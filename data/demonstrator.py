@@ -342,10 +342,10 @@ def gate_demonstration(task: Task, rng: random.Random, tokenizer) -> tuple[list,
     """One whole episode of the mixture -> (ids, rates), both of T entries: at a gate the rate at
     which a check shall be opened there, 0 on all other tokens and in slips.
 
-    It holds checks at these rates, too. Where one was opened, the next is likelier: behind as many
-    as `SHOWN` has, a gate was right at .26 that stood at .13 where agents play."""
-    rates = {True: MIX["check_risky"], False: MIX["check_harmless"]}
-    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX, shown=rates)
+    It holds checks at these rates, too, as an agent's episodes do. Set behind as many as `SHOWN`
+    has, the gate came to .26 there and to .13 where agents play."""
+    meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
+    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX, shown=meant)
     rates = [0.0] * len(dialogue.ids)
     for index, rate in zip(gates, agent.gate_rates):
         rates[index] = rate
@@ -473,7 +473,7 @@ def schedule(step: int, steps: int, warm_up: int) -> float:
 
 # ------------------------------------------------------------------------------ the tasks it shows
 def fresh_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
-               banks: dict | None = None) -> list:
+                banks: dict | None = None) -> list:
     """Up to n fresh tasks of the train split to show whole: fewer, because half of the common ones
     is left out. made_up: see `vary`. banks: see `rephrased`."""
     tasks = []
@@ -487,7 +487,7 @@ def fresh_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
 
 
 def fresh_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
-                       made_up: float = MADE_UP, banks: dict | None = None) -> list:
+                        made_up: float = MADE_UP, banks: dict | None = None) -> list:
     """Other fresh tasks, of which only the verdicts are to be learned: so many of each suite."""
     tasks = []
     for suite, count in counts.items():

@@ -902,7 +902,7 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
 
 def test_what_stands_before_a_verdict_does_not_give_it_away(compact):
     """A base was shown "no risk here" behind results alone, and harm behind none: behind a result
-    it then called two of three harmful calls harmless."""
+    it then called more than half of the harmful calls harmless."""
     _, verdicts = smollm2.documents_of(smollm2.N_TASKS, 0, compact, random.Random(0))
     shown = Counter()
     for ids, weights in verdicts:
@@ -979,7 +979,7 @@ def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
 
 def test_the_gate_is_set_in_episodes_like_those_that_agents_play(compact):
     """A rate on the token beside the gate; slips, whose gates nobody shall learn; checks as often
-    as they are shown elsewhere: behind so many the next one is likelier than where agents play."""
+    as the warm start's own episodes show them, which is far oftener than agents open one."""
     opens = mosaic.get_grammar(compact, "cpu").safety_token
     opened = {MIX["check_risky"]: [], MIX["check_harmless"]: []}
     slips = 0

@@ -64,7 +64,7 @@ MADE_UP = 0.7   # share of the tasks that play in a made-up domain, see `vary`; 
 REWORDED = 0.5  # share of the tasks whose message to send is made-up words
 COMMON = 0.5    # share of the common and easy tasks that is kept
 
-MAX_TURNS = 8  # of a demonstrated episode: four calls, slips between them, and an answer
+MAX_TURNS = 9  # of a demonstrated episode: four calls, a slip before each of them, and an answer
 
 # A check of one step: what it says, and what the agent does after it. The acts are
 #   "go"       the next call, as an agent without a check would make it
@@ -74,6 +74,7 @@ MAX_TURNS = 8  # of a demonstrated episode: four calls, slips between them, and 
 #   "careful"  the next call; a message carries only what its recipient may have
 Verdict = namedtuple("Verdict", "text act")
 
+RECORD_ID = r"\b[A-Z][0-9]{2}\b"  # as "B34", in a message
 ALL_DONE = ("all done", {})  # stands for the next call where none is left
 NOTHING_FOUND = "no risk here: go on"  # the verdict of a step that nothing speaks against
 
@@ -95,7 +96,7 @@ class Demonstrator:
         self.rng = rng
         self.mix = mix
         self.shown = shown
-        self.todo = [_call_of(pattern) for pattern in task.goal + task.unsafe]
+        self.todo = [_call_of(pattern) for pattern in asked_calls(task)]
         self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
         self.gate_weights = []  # of each turn: the weight of the loss at its gate
         self.gate_rates = []  # of each turn: how often a check shall be opened there; 0 in slips
@@ -164,7 +165,7 @@ class Demonstrator:
     def carry_out(self, act) -> str:
         """The action of a turn, as text. What it does is no longer to be done."""
         if act == "refuse":
-            return call_blocks((refusal_tool.name, {"reason": self.task.meta["kind"]}))
+            return call_blocks((refusal_tool.name, {"reason": self.kind_of_harm()}))
         if act == "obey":
             return call_blocks(self.orders.pop(0))
 
@@ -223,6 +224,8 @@ class Demonstrator:
         self.slipped = False
         if risky or slipped_before or not self.todo:
             return None
+        if self.impatient and len(self.todo) == 1:
+            return None  # it would end behind the error, and nothing shall be learned of that
         _, arguments = self.next_call(careful=True)
         # With these arguments the sandbox answers with an error: nothing is done by mistake.
         wrong_tools = [tool.name for tool in self.task.tools
@@ -282,8 +285,7 @@ class Demonstrator:
         if task.label == "harmful" and sandbox.revealed:
             return Verdict(self.words_for_harm(), "refuse"), Verdict("this is allowed: go on", "go")
 
-        has_cue = task.suite == "harm" and task.meta["cue"] and sandbox.revealed
-        fine = "this is allowed: go on" if has_cue else NOTHING_FOUND
+        fine = "this is allowed: go on" if self.has_seen_cue() else NOTHING_FOUND
         if self.has_just_read_orders(sandbox):
             # The plan is told anew, since the next turn goes on from here.
             plan = self.write_plan(self.next_call(careful=True), self.todo[1:])
@@ -293,10 +295,19 @@ class Demonstrator:
             return self.privacy_verdicts()
         return Verdict(fine, "go"), Verdict(self.words_for_harm(), "refuse")
 
+    def has_seen_cue(self) -> bool:
+        """In the harm suite: was the deciding phrase read, be it of harm or of its twin? A note's
+        is when nothing but the last call is left."""
+        if self.task.suite != "harm":
+            return False
+        return self.task.meta["style"] != "note" or len(self.todo) <= 1
+
     def words_for_harm(self) -> str:
-        # Only harmful rows and their twins know of a kind of harm; elsewhere it is a false alarm.
-        kind = self.task.meta["kind"] if self.task.suite == "harm" else "fraud"
-        return f"this looks like {kind}: refuse"
+        return f"this looks like {self.kind_of_harm()}: refuse"
+
+    def kind_of_harm(self) -> str:
+        # Only harmful rows and their twins know of one; elsewhere it is a false alarm.
+        return self.task.meta["kind"] if self.task.suite == "harm" else "fraud"
 
     def privacy_verdicts(self) -> tuple[Verdict, Verdict]:
         """-> who gets which fields of the record, and "gets all"."""
@@ -308,6 +319,26 @@ class Demonstrator:
         gets = f"a {self.task.meta['role']} gets"
         right = f"{gets} {' '.join(decisions)}: {', '.join(permitted)}"
         return Verdict(right, "careful"), Verdict(f"{gets} all", "paste")
+
+
+def asked_calls(task: Task) -> list:
+    """The patterns of the calls that do all that is asked, harm included.
+
+    A harmful row whose harm stands in the message has no goal: nothing of it should be done. But
+    who does it looks the record up before, as its twin's goal has it: where the user says so, and
+    where a value is to be sent. Else the plan, or a result that is not there, would give it away.
+    """
+    calls = task.goal + task.unsafe
+    if task.suite != "harm" or task.label != "harmful" or task.goal:
+        return calls
+    message = task.messages[-1]["content"]
+    record = re.search(RECORD_ID, message)
+    for tool in task.tools:
+        is_said = tool.name.replace("_", " ") in message.lower()
+        is_sent = "text" in task.unsafe[0]["arguments"]
+        if tool.effect == "read" and (is_said or is_sent):
+            return [{"name": tool.name, "arguments": {"id": record[0]}}, *calls]
+    return calls
 
 
 def _call_of(pattern) -> tuple:
@@ -463,7 +494,8 @@ def weighted_loss(model, ids, weights):
     hidden = model.hidden(ids[:, :-1])  # (B, T - 1, C)
     logits = model.head(hidden[mask])   # (N, V): only where there is loss
     losses = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")  # (N,)
-    return losses @ weights[mask] / weights.sum()
+    # A sum and no dot product: autocast would round that one to bf16.
+    return (losses * weights[mask]).sum() / weights.sum()
 
 
 def schedule(step: int, steps: int, warm_up: int) -> float:
@@ -516,7 +548,7 @@ def _is_common(row) -> bool:
     """Common and easy. What is hard shall come more often: above all the second of two records."""
     if row["meta"]["kind"] == "mention":
         return True
-    records = re.findall(r"\b[A-Z][0-9]{2}\b", row["messages"][-1]["content"])  # ids such as B34
+    records = re.findall(RECORD_ID, row["messages"][-1]["content"])
     return len(set(records)) == 1 and row["suite"] in ("harm", "benign")
 
 

@@ -315,8 +315,7 @@ def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list
     rng.shuffle(verdict_tasks)
     verdicts = []
     for task in verdict_tasks:
-        # Where a record's note says what is wrong, nothing is known before it is read.
-        first = task.meta.get("style") != "note" and rng.random() < FIRST_CALLS
+        first = rng.random() < FIRST_CALLS
         verdicts.append(verdict_document(task, tokenizer, first))
     return episodes, verdicts
 

@@ -2,7 +2,7 @@
 exactly."""
 import copy
 import random
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import replace
 
 import pytest
@@ -38,12 +38,12 @@ def set_limits(monkeypatch, **changes):
     monkeypatch.setitem(mosaic.LIMITS, "tiny", mosaic.LIMITS["tiny"] | changes)
 
 
-Shown = namedtuple("Shown", "turn text risky gate_weight")
+Shown = namedtuple("Shown", "turn text risky gate_weight slipped")
 
 
 def demonstrate(task, rng, mix, max_turns=10):
     """One demonstration of the tiny base's mixture -> [Shown], one a turn. gate_weight: that of
-    the loss on the branching token."""
+    the loss on the branching token. slipped: its call fails."""
     agent = Demonstrator(task, rng, mix)
     episode = Episode(task, max_turns=max_turns)
     shown = []
@@ -51,7 +51,8 @@ def demonstrate(task, rng, mix, max_turns=10):
         risky = episode.sandbox.risky()
         text = agent.write_turn(episode.sandbox)
         episode.step(text)
-        shown.append(Shown(episode.turns[-1], text, risky, agent.gate_weights[-1]))
+        shown.append(Shown(
+            episode.turns[-1], text, risky, agent.gate_weights[-1], agent.slipped))
     return shown
 
 
@@ -600,6 +601,30 @@ def test_a_slip_carries_no_loss_and_what_follows_it_does(tokenizer):
             assert has_loss != slipped
             n_slips += slipped
     assert n_slips > 30
+
+
+def test_a_false_alarm_refuses_with_what_its_check_said():
+    """A suite without kinds of harm has other things in its place: the agent refused with the
+    reason "two-writes"."""
+    rng = random.Random(0)
+    alarmed = MIX | {"false_alarm": 1}
+    reasons = Counter()
+    for task in data.load("train"):
+        if task.suite != "harm":
+            for shown in demonstrate(task, rng, alarmed):
+                if "refuse" in (shown.turn.check or ""):
+                    reasons[shown.turn.arguments["reason"]] += 1
+    assert set(reasons) == {"fraud"} and reasons["fraud"] > 100
+
+
+def test_nobody_is_shown_to_give_up_behind_an_error():
+    """A slip just before an agent loses patience: it answers "done" behind an error."""
+    rng = random.Random(0)
+    for task in data.load("train"):
+        error = False
+        for shown in demonstrate(task, rng, MIX | {"slip": 0.8, "stop_early": 1}, max_turns=12):
+            assert not (error and shown.turn.kind == "answer"), task.id
+            error = shown.slipped
 
 
 def first_argument(turn):

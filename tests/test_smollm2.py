@@ -916,6 +916,24 @@ def test_what_stands_before_a_verdict_does_not_give_it_away(compact):
     assert shown[False, "a"] == shown[False, "the"] == 0  # a record, a note: they were just read
 
 
+@pytest.mark.parametrize("name, split", (("train", None), ("harm", "wordings")))
+def test_a_harmful_task_and_its_twin_are_shown_alike_but_for_their_cue(compact, name, split):
+    """Who was asked to look up and then to harm, harmed at once, and the twin looked up: a plan, or
+    a result, gave the verdict away, and a scorer that never read the cue had an AUC of .75."""
+    tasks = {task.id: task for task in data.load(name, split) if task.suite == "harm"}
+    n_lookups = 0
+    for task in tasks.values():
+        pair = [task, tasks[task.twin]]
+        assert demonstrator.asked_calls(pair[0]) == demonstrator.asked_calls(pair[1])
+        n_lookups += task.meta["style"] != "note" and len(demonstrator.asked_calls(task)) > 1
+        for first in (False, True):
+            heads = [smollm2.verdict_question(each, compact, first)[0] for each in pair]
+            without_cue = {compact.decode(head).replace(each.meta["cue"], "")
+                           for head, each in zip(heads, pair)}
+            assert len(without_cue) == 1, without_cue
+    assert n_lookups > 20
+
+
 class Stop(Exception):
     pass
 

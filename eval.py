@@ -840,8 +840,14 @@ def turn_from_reply(reply: Reply, scaffold: bool, parallel: bool,
 
 def is_silent(reply: Reply) -> bool:
     """Did the model end without a word? What was cut has not ended."""
-    _, said = split_block("think", reply.text)
+    _, said = split_block("think", whole_thought(reply.text))
     return not (said or reply.calls or reply.cut or reply.declined is not None)
+
+
+def whole_thought(text: str) -> str:
+    """A text whose thought ends but does not begin: the opening tag stood in the server's prompt."""
+    begins_before = "</think>" in text and "<think>" not in text
+    return f"<think>{text}" if begins_before else text
 
 
 def answer_turn(plan: str, text: str) -> str:
@@ -920,10 +926,8 @@ def protocol_turn(reply: Reply, parallel: bool, names: dict[str, str]) -> tuple[
     """Without the scaffold: calls are the protocol's own, or stand in the text, as a server leaves
     them there that does not know the model's way to spell them."""
     dialect = ""
-    text = reply.text
+    text = whole_thought(reply.text)
     plan = reply.reasoning
-    if "</think>" in text and "<think>" not in text:
-        text = f"<think>{text}"  # the opening tag stood in the server's prompt
     thought, rest = split_block("think", text)
     if thought is not None:  # the server has not split it off
         text = rest
@@ -997,7 +1001,9 @@ CALL_WRAPS = (
     (re.compile(r"```\w*\s*"), re.compile(r"\s*```\s*")),
     (re.compile(r""), re.compile(r"\s*")),
 )
-CALL_STARTS = re.compile(r"(?:<tool_call>|```\w*|^)\s*\{", re.MULTILINE)
+# A tag that begins a line is meant as a call, whatever follows: one that cannot be read is no
+# answer. Inside a line it may be prose.
+CALL_STARTS = re.compile(r"^[ \t]*<tool_call>|(?:<tool_call>|```\w*|^)\s*\{", re.MULTILINE)
 
 
 def leading_calls(text: str) -> tuple[list[tuple], str]:
@@ -1299,17 +1305,18 @@ def main(argv: list[str] | None = None) -> int:
         last_line = evaluation(args, suites, results, items)
         print(json.dumps(last_line))
         return 0
-    except ValueError as error:  # found in arguments or files
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # nobody would read of it here
         raise
-    except (OSError, RuntimeError, FloatingPointError) as error:  # broke while running
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
+        in_arguments = isinstance(error, ValueError)  # or in files; else it broke while running
+        if in_arguments and not results:
+            return 2
+        # What a file holds may also show late: a prompt that is too long, when it is played.
         failure = {"valid": False, "error": str(error)}
         keep_finished(args.json, failure, suites, results, items)
         print(json.dumps(failure))
-        return 1
+        return 2 if in_arguments else 1
     except KeyboardInterrupt:
         keep_finished(args.json, {"valid": False, "error": "interrupted"}, suites, results, items)
         raise

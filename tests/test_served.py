@@ -374,6 +374,10 @@ def test_an_answer_that_shows_json_is_no_call():
     assert turn(call).calls == [("f", {})]
     with pytest.raises(FormatError, match="not such an object"):
         turn('<tool_call>\n{"name": "f", "arguments": {\n</tool_call>')
+    for unreadable in ("<function=f>\n</function>", f"[{call}]", "f()"):
+        for before in ("", "I call it.\n"):
+            with pytest.raises(FormatError):
+                turn(f"{before}<tool_call>\n{unreadable}\n</tool_call>")
 
 
 # ---------------------------------------------------------------------------- mutated replies
@@ -508,7 +512,7 @@ def test_a_servers_own_refusal_is_an_outcome(how, scaffold, server):
     assert cells["silent_end"]["k"] == 0
 
 
-@pytest.mark.parametrize("content", [None, "", " \n", "<think>\nso\n</think>\n", []])
+@pytest.mark.parametrize("content", [None, "", " \n", "<think>\nso\n</think>\n", "so\n</think>", []])
 def test_a_silent_end_is_an_outcome(content, server):
     """An agent that ends without a word is asked again and again, and then left out."""
     rollout = play_one(server, lambda body: {"content": content})
@@ -593,6 +597,25 @@ def test_what_is_finished_outlives_ctrl_c(monkeypatch, capsys, tmp_path):
     assert (kept["valid"], kept["error"]) == (False, "interrupted")
     assert list(kept["results"]) == ["harm", "injection"]
     assert kept["missing"] == ["benign / domains", "privacy / domains"]
+
+
+def test_what_is_finished_outlives_a_prompt_that_is_too_long(monkeypatch, capsys, tmp_path):
+    """A fault of the files that shows only when they are played: two finished suites were lost."""
+    def evaluate(player, tasks, ask):
+        if tasks == SUITES["benign"]:
+            raise ValueError("no room")
+        return {}, []
+    monkeypatch.setattr(ev, "evaluate", evaluate)
+    monkeypatch.setattr(ev, "connect_served", lambda *given: {"served": None})
+    monkeypatch.setattr(ev.data, "load", lambda name, split=None: SUITES[name])
+    file = tmp_path / "out.json"
+    asked = ["--endpoint", "http://localhost/v1", "--model", "m", "--json", str(file)]
+    assert ev.main(asked) == 2
+    kept = json.loads(file.read_text())
+    assert (kept["valid"], kept["error"]) == (False, "no room")
+    assert list(kept["results"]) == ["harm", "injection"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "valid": False, "error": "no room"}
 
 
 def test_a_finished_suite_is_not_lost(server, monkeypatch, capsys, tmp_path):

@@ -41,7 +41,7 @@ said that it did. The words, exactly; where the paper has a name of its own, it 
 Paper -> code
     the metrics that it reports: refusal, harm score, completion, leakage   outcome_flags
     safety tokens as a share of all [2+]                                    measure
-    its results, beside ours with their marks                               PAPER, report
+    its results, beside ours with their marks                               PAPER, table_text
     when the agent stops, twins, controls, intervals [ours]                 youden, controls, wilson
 
 The controls (data/controls.py) are scripted agents whose scores are known: act-all, for one, does
@@ -495,7 +495,7 @@ def run(players: dict[str, Callable], suites: dict[str, list[Task]],
                 items.append(trajectory_item(suite, split, column, rollout))
         # Beside a public benchmark's tasks a figure of the paper would pass for the same measure.
         figures = {} if tasks[0].public else PAPER
-        text = report(suite, split, cells, tests, figures)
+        text = table_text(suite, split, cells, tests, figures)
         tqdm.write("\n" + text)  # a print would cut through the bar
     return results, items
 
@@ -523,7 +523,7 @@ PAPER = {
 }
 
 
-def report(suite: str, split: str, cells: dict[str, dict], tests: dict, figures: dict) -> str:
+def table_text(suite: str, split: str, cells: dict[str, dict], tests: dict, figures: dict) -> str:
     """cells {column: {metric: cell}} and the tests of `paired` -> one split's table as text.
     figures {(suite, metric): what the paper says}, see PAPER."""
     metrics = []
@@ -576,8 +576,8 @@ def columns(model, tokenizer, **options) -> dict[str, Callable]:
     return {"base": base, "adapter": with_adapter}
 
 
-def closing(model, tokenizer, gate: str | float, splits: Iterable[str],
-            limit: int | None) -> dict:
+def closing_tables(model, tokenizer, gate: str | float, splits: Iterable[str],
+                   limit: int | None) -> dict:
     """train.py's closing tables: controls, then base beside adapter on held-out splits. gate and
     limit: as the options. Returns what its page shows of it. Raises RuntimeError for an invalid
     control."""
@@ -845,7 +845,7 @@ def is_silent(reply: Reply) -> bool:
 
 
 def whole_thought(text: str) -> str:
-    """A text whose thought ends but does not begin: the opening tag stood in the server's prompt."""
+    """The text, with the tag that opens its thought, if that stood in the server's prompt."""
     begins_before = "</think>" in text and "<think>" not in text
     return f"<think>{text}" if begins_before else text
 

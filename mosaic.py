@@ -1455,6 +1455,8 @@ def main():
                         help=f"{' | '.join(CHECKPOINTS)} | DIR")
     parser.add_argument("--adapter", metavar="DIR",
                         help="default: runs/<model>/adapter beside this file, if it is there")
+    parser.add_argument("--no-adapter", action="store_true",
+                        help="the base alone, whatever adapter is there")
     parser.add_argument("--tools", metavar="FILE.json",
                         help='{"tools": [], "world": {}}; default: files and mail')
     parser.add_argument("--gate", type=gate_option, default="learned",
@@ -1463,9 +1465,11 @@ def main():
     parser.add_argument("--explain", action="store_true",
                         help="samples a group as training does: how it is judged and rewarded")
     args = parser.parse_args()
+    if args.no_adapter:
+        parser.refuse_idle("with --no-adapter", "adapter")
 
     task = data.demo_task(args.task, args.tools)
-    adapter = find_adapter(args.model, args.adapter)
+    adapter = None if args.no_adapter else find_adapter(args.model, args.adapter)
     data.ensure_base(args.model)
     model, tokenizer = load(args.model)
     if adapter:

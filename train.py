@@ -34,9 +34,9 @@ Deviations and choices, all [ours]
                                                # differentiates its share of the tasks
 
 Of several processes the first one judges, logs and writes; all take the same step. If one dies, all
-end. Above the line four names speak of it: `my_part` (this process's share of a list), `gather`
-(the shares, whole again), `add_up` (sums gradients and logs) and `from_first` (what the first
-process computed, handed to all). Next file: model.py.
+end. Four names speak of it in the method's part: `my_part` (this process's share of a list),
+`gather` (the shares, whole again), `add_up` (sums gradients and logs) and `from_first` (what the
+first process computed, handed to all). Next file: model.py.
 """
 import functools
 import json
@@ -156,7 +156,8 @@ class Recipe:
     # beside a step's 40 (SmolLM2-135M) and little beside 192 (tiny).
     watch_every: int = 1
     seed: int = 0  # of all that is random: which tasks, which tokens, the adapter's first weights
-    # The closing tables: of which held-out splits, and of how many tasks of a suite (None: all).
+    # The closing tables: of which held-out splits, and of how many tasks of each suite in each of
+    # them (None: all; twins count).
     splits: tuple = ("domains",)
     limit: int | None = None
 
@@ -201,7 +202,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
     # No weight decay: the KL already pulls towards the base, which is an adapter of zeros.
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=recipe.lr, weight_decay=0.0)
 
-    # start: where the newest step began, or the folder's state. Ctrl-C, or any error, saves that.
+    # start: where the newest step began, or the folder's state; saved when a run is stopped.
     with resumable(folder, model, optimizer, generator, rng) as start:
         for step in progress_bar(start.step, recipe.steps):
             times = [clock()]  # for tokens a second, see `speed`
@@ -211,7 +212,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
             groups, watched = sample(
                 model, tokenizer, drawn, [each.task for each in compared], recipe, generator)
             times.append(clock())
-            # A state is written only now: what it samples has been seen to parse.
+            # A state is written only now: one whose samples no longer parse is not.
             folder.keep(model, optimizer, start, groups)
 
             # 2. Judge, in the first process only, which holds the ledger of what was asked.
@@ -238,7 +239,7 @@ def train(model: Transformer, tokenizer: Tokenizer, tasks: list, judge: Judge | 
             row = log_row(step, log, groups, watched, verdicts, rewards, advs, times)
             folder.log_step(row, groups, verdicts, rewards, advs)
             start.move_to(step + 1, random_states(generator, rng))
-            report(row)
+            print_step(row)
 
 
 # --------------------------------------------------------------------------- 1: sample trajectories
@@ -616,8 +617,9 @@ def log_line(row: dict) -> str:
     |g|     Norm of the gradient before it is clipped at 1; 0: no group carried any, no update.
     kl      KL to the base over the groups that give a gradient, per sampled token of the step;
             0 with the direct loss.
-    win     Share of (trajectory, frozen base trajectory) pairs won on the 16 fixed tasks, ties
-            half, or "-" in a step that does not play them (`watch_every`): *the* curve to watch.
+    win     Share of (trajectory, frozen base trajectory) pairs won on 16 fixed tasks out of those
+            trained on, ties half; "-" in a step that does not play them (`watch_every`): *the*
+            curve to watch.
             r_align's mean is (n - 1) / 2 = 1.5 whatever is learned, for each pair hands out one
             point.
     shares  How much of the reward's variance each term owns, by its first letter (or as many as
@@ -650,7 +652,8 @@ def log_line(row: dict) -> str:
         f"win {rate_text(row['win_rate'])} shares {owned} tied {row['tied']:.2f}",
         f"flip {rate_text(about_judge['flip'])} cyc {rate_text(about_judge['cyclic'])}",
         f"fail {rate_text(about_judge['failed'])} kappa {rate_text(about_judge['kappa'])}",
-        f"gate {row['gate_risky']:.2f}/{row['gate_harmless']:.2f} valid {row['valid']:.2f}",
+        f"gate {rate_text(row['gate_risky'])}/{rate_text(row['gate_harmless'])}",
+        f"valid {row['valid']:.2f}",
         f"tok {row['tokens']:.0f} safety {row['safety_share']:.2f}",
         f"tok/s {row['sample_tok/s']:.0f}/{row['train_tok/s']:.0f}",
         f"diff {row['drift']:.1e} mean {row['drift_mean']:.1e} {row['seconds']:.1f}s",
@@ -659,7 +662,7 @@ def log_line(row: dict) -> str:
 
 # --------------------- the method ends here; what follows is plumbing -----------------------------
 # -------------------------------------------------------------------------- what a step's log holds
-def report(row: dict) -> None:
+def print_step(row: dict) -> None:
     """The first process prints the step's line."""
     if RANK != 0:
         return
@@ -770,12 +773,12 @@ def share_parsed(rollouts: list) -> float:
     return sum(turn is not None for turn in turns) / len(turns)
 
 
-def opened_rate(rollouts: list, risky: bool) -> float:
-    """Share of risky, or of harmless, steps in which the agent opened a check; 0 where there are
+def opened_rate(rollouts: list, risky: bool) -> float | None:
+    """Share of risky, or of harmless, steps in which the agent opened a check; None where there are
     none. Steps of tasks without a label (None) are neither."""
     gates = flat(rollout.gates for rollout in rollouts)
     opened = [gate.opened for gate in gates if gate.risky is risky]
-    return sum(opened) / max(1, len(opened))
+    return sum(opened) / len(opened) if opened else None
 
 
 def speed(groups: list, watched: list, advs: list, times: list) -> dict:
@@ -1022,6 +1025,10 @@ class Folder:
         raise ValueError(f"{self.state_file}: trained on other weights than --model's are now; "
                          "restore them, or take another --out")
 
+    def has_learned(self) -> bool:
+        """Is there a run's state, or its adapter?"""
+        return self.state_file.exists() or (self.path / "adapter" / "adapter_config.json").exists()
+
     def begin(self, config: dict, resume: bool) -> None:
         """From here on the folder is this run's, and --resume with the same options goes on."""
         if RANK != 0:
@@ -1030,6 +1037,7 @@ class Folder:
             # An older run's: a later --resume would go on with that state, and eval.py would take
             # that adapter for the new one. By name: what else lies there is not ours.
             self.state_file.unlink(missing_ok=True)
+            (self.path / "report.html").unlink(missing_ok=True)
             for name in ("adapter_model.safetensors", "adapter_config.json"):
                 (self.path / "adapter" / name).unlink(missing_ok=True)
         self._write_config(config)
@@ -1073,8 +1081,8 @@ class Folder:
             write_whole(self.state_file, write)
 
     def keep(self, model, optimizer, start: StepStart, groups: list) -> None:
-        """Saves every so many steps, but no state that has lost the form, in the place of a good
-        one. groups: what the state has sampled. RuntimeError: the form stays lost."""
+        """Saves every so many steps. A state that has lost the form never replaces a good one.
+        groups: what the state has sampled. RuntimeError: the form stays lost."""
         start.check_form(share_parsed(flat(groups)), self.state_file)
         if start.step % self.save_every == 0 and not start.lost:
             self.save(model, optimizer, start)
@@ -1259,7 +1267,8 @@ def gradient_of(p: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------ arguments, and main
 # Options that make a run what it is: --resume with another value of one is refused.
 IDENTITY = (
-    "model", "data", "judge", "pairs", "reward", "objective", "gate", "group_size", "seed",
+    "model", "data", "judge", "judge_model", "pairs", "reward", "objective", "gate", "group_size",
+    "seed",
 )
 LEAST = {
     "steps": 1,
@@ -1302,7 +1311,7 @@ def argument_parser() -> Parser:
     option("--save-every", type=count_option, default=10, metavar="N",
            help="write state/ every N steps")
     option("--resume", action="store_true", help="go on from --out's state/")
-    option("--limit", type=count_option, help="tasks of each suite in the closing table")
+    option("--limit", type=count_option, help="tasks of each suite and split in the closing tables")
     option("--no-eval", action="store_true", help="skip the closing table")
     option("--explain", metavar="STEP:TASK",
            help="trains nothing: shows how that group of the run in --out was judged and rewarded")
@@ -1409,8 +1418,10 @@ def run_in(folder: Folder, args) -> None:
     try:
         from_first(lambda: canaries(judge, 0))
     except KeyboardInterrupt:
-        # A person may leave at the first question, and go on with --resume.
-        folder.begin(config, args.resume)
+        # A person may leave at the first question, and go on with --resume. What an older run has
+        # learned stays: this one has nothing to put in its place yet.
+        if not folder.has_learned():
+            folder.begin(config, args.resume)
         raise
 
     from_first(lambda: data.ensure_base(args.model))  # minutes, so after all checks
@@ -1431,12 +1442,13 @@ def run_in(folder: Folder, args) -> None:
         save_adapter(model, folder.path / "adapter", args.model)
     write_report(folder, [])  # also where the closing evaluation is left out, or fails
     if not args.no_eval:
-        found = evaluation.closing(model, tokenizer, recipe.gate, recipe.splits, recipe.limit)
+        found = evaluation.closing_tables(
+            model, tokenizer, recipe.gate, recipe.splits, recipe.limit)
         write_report(folder, [found])
 
 
 def write_report(folder: Folder, found: list) -> None:
-    """The run as a page. found: what `evaluation.closing` returns, or nothing."""
+    """The run as a page. found: what `evaluation.closing_tables` returns, or nothing."""
     config = read_json(folder.config_file)
     about = {"adapter": folder.path / "adapter"}
     for name in ("model", "data", "judge", "pairs", "reward", "objective", "gate", "steps", "tasks",

@@ -155,7 +155,7 @@ class Base(NamedTuple):
 
 BASES = {
     "tiny": Base("tiny.py", "tiny", "4 to 15 minutes on two cores"),
-    "smollm2-135m": Base("smollm2.py", "compact", "20 to 45 minutes on two cores"),
+    "smollm2-135m": Base("smollm2.py", "compact", "about an hour on two cores"),
 }
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -371,6 +372,48 @@ def test_a_person_may_leave_at_the_first_question(base, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", out)
 
 
+def test_another_judge_is_another_run(tmp_path):
+    """--resume with --judge-model B of what A had judged: half of the run is trained on either, and
+    config.json names B alone."""
+    config = {train.MARKER: 1} | dict.fromkeys(train.IDENTITY) | {"judge_model": "A"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with closing(train.Folder(tmp_path)) as folder:
+        same = {name: config[name] for name in train.IDENTITY}
+        folder.open_state(same)
+        with pytest.raises(ValueError, match="--judge-model of .* is A, not B"):
+            folder.open_state(same | {"judge_model": "B"})
+
+
+def test_a_rate_of_nothing_is_no_rate():
+    """Records without labels (Agent-SafetyBench): "gate 0.00/0.00", whatever the agent opened."""
+    opened = [SimpleNamespace(opened=True, risky=risky) for risky in (None, None, True)]
+    assert train.opened_rate([SimpleNamespace(gates=opened[:2])], risky=True) is None
+    assert train.opened_rate([SimpleNamespace(gates=opened)], risky=True) == 1
+    assert train.opened_rate([SimpleNamespace(gates=opened)], risky=False) is None
+
+
+def test_who_leaves_before_any_step_leaves_an_older_run_as_it_is(base, tmp_path, monkeypatch):
+    """A finished run's folder, --judge human by mistake, q: its adapter and its state were gone.
+    A run that has begun replaces them, and its report."""
+    run(base, tmp_path / "out")
+    (tmp_path / "out" / "report.html").write_text("of the older run")
+    learned = [tmp_path / "out" / name for name in (
+        "state/state.pt", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+        "report.html", "config.json")]
+    before = [file.read_bytes() for file in learned]
+    monkeypatch.setattr("builtins.input", lambda prompt: "q")
+    with pytest.raises(KeyboardInterrupt, match="what was judged is kept"):
+        run(base, tmp_path / "out", "--judge", "human")
+    assert [file.read_bytes() for file in learned] == before
+
+    def killed(*given):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path / "out")
+    assert not any(file.exists() for file in learned[:-1])
+
+
 def test_resumed_logs_keep_whole_lines(tmp_path):
     """An agent that wrote a line separator, or a run that was killed inside of a line, made
     --resume end in a traceback before its first step; and the rows of steps that are done again
@@ -715,7 +758,7 @@ def test_a_busy_machine_is_said_once(monkeypatch):
     def cores(*moments):  # (wall, processor) of: begun, sampled, judged, updated
         times = [train.Clock(*moment) for moment in moments]
         row = train.speed(rollouts, [], adv, times)
-        train.report(row)
+        train.print_step(row)
         return row["cores"]
     assert cores((0, 0), (4, 6), (1000, 6), (1002, 9)) == 1.5  # a person judged for 996 seconds
     assert said == ["line"]
@@ -861,3 +904,17 @@ def test_runs_lie_beside_the_files_and_the_adapter_is_said(tmp_path, monkeypatch
     found = mosaic.find_adapter("x", None)
     assert mosaic.adapter_text("x", found) == f"adapter {tmp_path}/x/adapter"
     assert mosaic.adapter_text("x", None) == "no adapter, as asked: the base as it is"
+
+    # `mosaic.py TASK --no-adapter` plays the base beside that adapter
+    loaded = []
+    monkeypatch.setattr(data, "ensure_base", lambda name: None)
+    monkeypatch.setattr(mosaic, "load", lambda name: (None, None))
+    monkeypatch.setattr(mosaic, "load_adapter", lambda model, adapter: loaded.append(adapter))
+    monkeypatch.setattr(mosaic, "Dialogue", lambda *given: SimpleNamespace(ids=[]))
+    monkeypatch.setattr(mosaic, "printer", lambda tokenizer: lambda ids: None)
+    monkeypatch.setattr(mosaic, "rollout", lambda *given, **options: [])
+    for more, expected in (["--no-adapter"], []), ([], [found]):
+        monkeypatch.setattr(sys, "argv", ["mosaic.py", "x", "--model", "x", *more])
+        with pytest.raises(ValueError, match="not enough values"):  # nobody played
+            mosaic.main()
+        assert loaded == expected

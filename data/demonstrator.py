@@ -61,7 +61,7 @@ SHOWN = {True: 0.65, False: 0.15}
 
 SHARES = {"harm": 0.36, "injection": 0.20, "benign": 0.20, "privacy": 0.24}  # of the tasks drawn
 MADE_UP = 0.7   # share of the tasks that play in a made-up domain, see `vary`; a recipe may differ
-REWORDED = 0.5  # share of the tasks whose message to send is made-up words
+REWORDED = 0.5  # share of the tasks whose message to send is random words
 COMMON = 0.5    # share of the common and easy tasks that is kept
 
 MAX_TURNS = 9  # of a demonstrated episode: four calls, a slip before each of them, and an answer
@@ -87,11 +87,11 @@ class Demonstrator:
     would give the verdict away and the check would be idle. It also names what comes after that,
     so that the next turn finds its call in this plan, and not by its place in the user's words.
 
-    task: tools.Task. rng: random.Random; the same one gives the same episode. mix: as MIX.
+    task: tools.Task. rng: random.Random; the same one gives the same episode. mix, shown: see `MIX`
+    and `SHOWN`.
     """
 
     def __init__(self, task: Task, rng: random.Random, mix: dict, shown: dict = SHOWN):
-        """mix, shown: see `MIX` and `SHOWN`."""
         self.task = task
         self.rng = rng
         self.mix = mix
@@ -100,7 +100,7 @@ class Demonstrator:
         self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
         self.gate_weights = []  # of each turn: the weight of the loss at its gate
         self.gate_rates = []  # of each turn: how often a check shall be opened there; 0 in slips
-        self.known = None  # what the last call was about: a plan then says "it"
+        self.known = None  # what the user's call is about that a plan named last: it is "it" then
         self.slipped = False  # was the last turn a slip? Then it carries no loss
         # Will it lose patience with a long chain of calls? Not in the harm suite: the deciding
         # phrase, the *cue*, settles what is right there, and a check of "all done" would have
@@ -149,7 +149,7 @@ class Demonstrator:
         return bool(self.orders) and sandbox.newest_source == self.task.reveals
 
     def draw_opening(self, risky) -> bool:
-        """Draws whether this turn shows a check, and notes the weight of its gate.
+        """Draws whether this turn shows a check, and notes the weight and the rate of its gate.
 
         Importance weights: checks are shown at rate c, and the model shall open them at rate q. A
         weight of q / c where there is one, and of (1 - q) / (1 - c) where there is none, gives the
@@ -163,7 +163,7 @@ class Demonstrator:
         return opened
 
     def carry_out(self, act) -> str:
-        """The action of a turn, as text. What it does is no longer to be done."""
+        """The action of a turn, as text. Takes it off what is to be done."""
         if act == "refuse":
             return call_blocks((refusal_tool.name, {"reason": self.kind_of_harm()}))
         if act == "obey":
@@ -258,8 +258,8 @@ class Demonstrator:
         return f"{self.words_for(call)}, then {following}"
 
     def words_for(self, call: tuple, known: str | None = None) -> str:
-        """A call as a user says it, so that it is easy to copy: the tool, its record or person
-        ("it" if that is the known one), and the new value if the user gave one."""
+        """A call in short: the tool, its record or person ("it" if that is the known one), and the
+        new value in the user's own words, which are easy to copy."""
         name, arguments = call
         subject = _subject(arguments)
         words = f"{name} it" if subject == known else f"{name} {subject}"
@@ -280,7 +280,8 @@ class Demonstrator:
         return right if self.happens("verdict") else wrong
 
     def verdicts(self, sandbox) -> tuple[Verdict, Verdict]:
-        """-> the right and the wrong verdict on the next step."""
+        """-> the right and the wrong verdict on the next step. After an order it plans anew, so
+        `known` may change."""
         task = self.task
         if task.label == "harmful" and sandbox.revealed:
             return Verdict(self.words_for_harm(), "refuse"), Verdict("this is allowed: go on", "go")
@@ -438,7 +439,7 @@ def before_decision(task: Task, first: bool = False) -> tuple:
     last = len(agent.todo) - 1 if task.suite != "injection" else 1
     result = None
     for _ in range(0 if first else last):
-        agent.write_plan_of("careful")  # from here on a plan says "it" of this record
+        agent.write_plan_of("careful")  # a plan that obeys an order says "it" of this record
         result = sandbox.call(*agent.next_call(careful=True))
         agent.todo.pop(0)
     return agent, sandbox, result
@@ -536,7 +537,7 @@ def _varied_task(row, rng, made_up, banks) -> Task:
 def _fresh_rows(suite, n, seed) -> list:
     """n rows of the train split, with whole tools in place of their names."""
     tools = {tool["name"]: tool for tool in suites.tool_rows()}
-    # A record may hold any field: what a role may have is learned only of fields seen with it.
+    # A record may hold any field: a role must be seen with all of them, not with a domain's alone.
     drawn = suites.generate(suite, "train", n, seed, any_field=True)
     rows = []
     for row in drawn:
@@ -572,7 +573,7 @@ def _words_of_training_domains() -> list:
 
 
 def _sayable_words() -> list:
-    """All words that a made-up message may hold.
+    """All words that a message of random words may hold.
 
     A word that never stands as an answer would be forgotten as one, and could not be copied. So the
     words of the suites' messages are among them, and the nouns of all domains, held-out ones, too:
@@ -606,7 +607,7 @@ def rephrased(row: dict, rng: random.Random, banks: dict) -> dict:
 
 
 def vary(row: dict, rng: random.Random, made_up: float = MADE_UP) -> dict:
-    """The row, often in a made-up domain, and often with made-up words for a message to be sent.
+    """The row, often in a made-up domain, and often with random words for a message to be sent.
 
     What an agent must call then stands only in its prompt, so it learns to copy names, and does not
     learn those of twelve domains by heart. `meta` stays as it is. made_up: the share of rows in a
@@ -657,8 +658,8 @@ def _rename_tools(text, tools, rng) -> str:
 
 
 def _reword_messages(text, rng) -> str:
-    """Each message that a user gives becomes three to five made-up words, and the name in a
-    password becomes another."""
+    """Each message that a user gives becomes three to five random words, and the name in a password
+    becomes another."""
     for message in suites.TEXTS:
         words = ""
         for _ in range(rng.randrange(2, 5)):

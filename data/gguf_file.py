@@ -15,7 +15,7 @@ holds small integers and, in fp16, the scale that they are to be multiplied with
            0 to 15, the high halves 16 to 31.
            number = scale * integer + minimum
 
-Not covered: any other type of tensor, other versions than 3, big-endian files.
+Not covered: any other type of tensor, other versions than 3, another alignment, big-endian files.
 
 `read_gguf(path.read_bytes())` gives (metadata, weights). Only data/smollm2.py uses it, which comes
 next.
@@ -31,7 +31,7 @@ NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
            11: "<q", 12: "<d"}
 STRING = 8
 ARRAY = 9
-ALIGNMENT = 32  # of each tensor's first byte; a file may name another, and this one does not
+ALIGNMENT = 32  # of each tensor's first byte, unless a file names another
 
 
 class Reader:
@@ -77,14 +77,13 @@ class Reader:
 def read_gguf(content: bytes) -> tuple[dict, dict]:
     """The bytes of a GGUF -> (metadata {key: value}, weights {name: fp32 array}).
 
-    Raises ValueError: no GGUF of version 3, or a tensor of a type that is not read here.
+    ValueError: no GGUF of version 3, or something in it that is not read here. struct.error or
+    ValueError: it is cut short.
     """
-    reader = Reader(content)
-    magic = content[:4]
-    reader.position = 4  # behind the magic
-    version = reader.number("<I")
-    if magic != b"GGUF" or version != 3:
+    if content[:8] != b"GGUF" + struct.pack("<I", 3):
         raise ValueError(f"not a GGUF of version 3: it begins with {content[:8]!r}")
+    reader = Reader(content)
+    reader.position = 8  # behind the version
     n_tensors = reader.number("<Q")
     n_entries = reader.number("<Q")
 
@@ -92,6 +91,9 @@ def read_gguf(content: bytes) -> tuple[dict, dict]:
     for _ in range(n_entries):
         key = reader.string()
         metadata[key] = reader.value(reader.number("<I"))
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if alignment != ALIGNMENT:
+        raise ValueError(f"its tensors are aligned to {alignment} bytes; {ALIGNMENT} is read here")
 
     places = [reader.tensor() for _ in range(n_tensors)]
     first = math.ceil(reader.position / ALIGNMENT) * ALIGNMENT  # the first tensor's first byte
@@ -117,16 +119,15 @@ def as_f32(blocks):
 
 def dequantize_q8_0(blocks):
     """blocks (N, 34) bytes -> (N, 32) fp32."""
-    # copy: a view as another type wants bytes that lie in a row
-    scale = blocks[:, 0:2].copy().view("<f2").astype(np.float32)  # (N, 1)
+    scale = blocks[:, 0:2].view("<f2").astype(np.float32)  # (N, 1)
     integers = blocks[:, 2:34].view(np.int8)  # (N, 32)
     return scale * integers.astype(np.float32)
 
 
 def dequantize_q4_1(blocks):
     """blocks (N, 20) bytes -> (N, 32) fp32."""
-    scale = blocks[:, 0:2].copy().view("<f2").astype(np.float32)  # (N, 1)
-    minimum = blocks[:, 2:4].copy().view("<f2").astype(np.float32)  # (N, 1)
+    scale = blocks[:, 0:2].view("<f2").astype(np.float32)  # (N, 1)
+    minimum = blocks[:, 2:4].view("<f2").astype(np.float32)  # (N, 1)
     pairs = blocks[:, 4:20]  # (N, 16), two integers a byte
     # not one after the other: a byte's neighbours are 16 numbers apart, which suits a CPU's vectors
     integers = np.concatenate((pairs & 15, pairs >> 4), axis=1)  # (N, 32)

@@ -41,6 +41,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from itertools import chain, cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds the six files
@@ -162,7 +163,7 @@ CONTROL_TOKEN = 3  # in a GGUF's list of token types; 1 is a plain token
 
 
 def tokenizer_file(metadata: dict) -> dict:
-    """tokenizer.json: byte-level BPE as GPT-2's, but each digit is cut off before.
+    """tokenizer.json: byte-level BPE as GPT-2's, but each digit is a word of its own.
 
     A GGUF names how text is cut into words ("smollm") and does not say what that means: the two
     steps of the pre-tokenizer are the hub's.
@@ -239,7 +240,7 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # That nothing speaks against a call is shown in the same places as what does. Shown only behind
 # results, "no risk here" stood behind every result, that of a harmful task, too.
 N_TASKS = 380           # tasks drawn, of which 289 are shown whole (seed 0)
-N_VERDICT_TASKS = {     # of which only the verdict is shown
+N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 560,        # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
     "privacy": 265,     # a record that is about to be sent
@@ -247,7 +248,10 @@ N_VERDICT_TASKS = {     # of which only the verdict is shown
 }
 FIRST_CALLS = 0.25      # share of these verdicts that are on a task's first call
 MADE_UP = 0.4           # tiny takes .7; but here words have a meaning, and a cue's are renamed, too
-EPISODE_TOKENS = 1300   # of a step's episodes, padding included
+EPISODE_TOKENS = {      # of a step's episodes, three or four, by family; padding included
+    "compact": 1300,
+    "chatml": 3100,     # --prompt full
+}
 N_VERDICTS = 12         # a step
 N_NORMS = 24            # lines a step of who may have what
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
@@ -268,10 +272,10 @@ OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are n
 }
 
 # At last the gate, where a check is opened or not. All weights move this one choice, and a pass
-# leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant, and
-# at a high rate it swings between .01 and .49 from step to step. RL, which selects, would find
-# hardly a check to select. So some 190 more episodes carry loss at their gates alone, at a rate so
-# low that hardly anything else moves.
+# leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant; at a
+# high learning rate it swings between .01 and .49 from step to step. RL, which selects, would find
+# hardly a check to select. So some 160 more episodes carry loss at their gates alone, at a learning
+# rate so low that hardly anything else moves.
 N_GATE_TASKS = 240          # tasks drawn
 GATE_STEPS = 48             # of EPISODE_TOKENS each
 GATE_LEARNING_RATE = 3e-6   # at 3e-5 it swings, still
@@ -291,11 +295,12 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     """
     rng = random.Random(seed)
     episodes, verdicts = documents_of(n, seed, tokenizer, rng)
-    batches = list(one_pass(episodes, rng, EPISODE_TOKENS))
+    batches = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))
     norms = [norm_document(rng, tokenizer) for _ in range(N_NORMS * len(batches))]
-    state.belongs_to(episodes + verdicts + norms)
-    # It ends with the episodes: the last few verdicts are not shown.
-    steps = list(zip(batches, in_groups(verdicts, N_VERDICTS), in_groups(norms, N_NORMS)))
+    # It ends with the episodes: of the verdicts the last few are not shown, or the first few twice.
+    verdict_batches = cycle(in_groups(verdicts, N_VERDICTS))
+    steps = list(zip(batches, verdict_batches, in_groups(norms, N_NORMS)))
+    state.belongs_to(model, steps)
     fit(model, steps, state)
     set_gate(model, tokenizer, seed, n)
 
@@ -341,8 +346,9 @@ def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
 
 
 def norm_document(rng: random.Random, tokenizer) -> tuple:
-    """(ids, weights) of a line of who may have what, as a check of the privacy suite says it, with
-    some fields more: "a courier gets phone yes bank no hours yes". Each yes and no carries loss."""
+    """(ids, weights) of a line of who may have what, as a check of the privacy suite says it: all
+    fields that a role may have, and of the others one more, as "a courier gets phone yes bank no
+    ...". Each yes and no carries loss."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
     others = [name for name in suites.FIELDS if name not in permitted]
@@ -361,7 +367,8 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
 
 
 def mistakes(task: Task, right, wrong) -> list[str]:
-    """Texts that part from the right verdict at a word that decides: the first one always does."""
+    """Texts that part from the right verdict at a word that decides. The check's first word always
+    does."""
     if right.text == NOTHING_FOUND:
         return [wrong.text]
     if task.suite != "privacy":
@@ -425,11 +432,11 @@ def fit(model, steps: list, state: "State") -> None:
 def set_gate(model, tokenizer, seed: int, n: int) -> None:
     """Moves the rates at which checks are opened towards the mixture's, in place, by GATE_STEPS
     small steps of all weights. A few minutes; it is not saved on the way."""
-    rng = random.Random(seed + 100)  # fresh tasks, of no base's pass
+    rng = random.Random(seed + 100)  # fresh tasks, not those of the pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
     tasks = fresh_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES)
     episodes = [gate_demonstration(task, rng, tokenizer) for task in tasks]
-    steps = list(one_pass(episodes, rng, EPISODE_TOKENS))[:GATE_STEPS]
+    steps = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))[:GATE_STEPS]
     opens = mosaic.get_grammar(tokenizer, model.device).safety_token
 
     model.requires_grad_(True)
@@ -451,8 +458,8 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
 
 def gate_loss(model, ids, rates, opens: int) -> tuple:
     """Cross-entropy between the rates (B, T) at the gates and the model's own probability of the
-    token `opens` -> (its mean over the gates, mean probability at risky gates, at harmless ones;
-    NaN where there is none)."""
+    token `opens` -> (its mean over the gates, mean probability at risky gates, at harmless ones).
+    Where there is no gate of a kind, its probability is NaN."""
     rates = rates[:, 1:]  # of the token that is predicted
     at_gate = rates > 0
     hidden = model.hidden(ids[:, :-1])[at_gate]  # (N, C)
@@ -465,8 +472,8 @@ def gate_loss(model, ids, rates, opens: int) -> tuple:
     return loss, found[is_risky].mean().item(), found[~is_risky].mean().item()
 
 
-def take_step(model, optimizer, rate: float) -> None:
-    optimizer.param_groups[0]["lr"] = rate
+def take_step(model, optimizer, learning_rate: float) -> None:
+    optimizer.param_groups[0]["lr"] = learning_rate
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     optimizer.step()
     optimizer.zero_grad()
@@ -488,9 +495,9 @@ def fast_bf16(device: torch.device) -> bool:
 # ----------------------------------------- 3. is it enough? ---------------------------------------
 @torch.no_grad()
 def verdict_auc(model, tokenizer, tasks: list) -> float:
-    """How well the first word of a check tells harmful tasks from their twins -> the area under the
-    ROC curve: the share of (harmful, legitimate) pairs in which the harmful one gets the higher
-    score, ties half. 0.5 is a guess.
+    """How well a check tells harmful tasks from their twins -> the area under the ROC curve: the
+    share of (harmful, legitimate) pairs in which the harmful one gets the higher score, ties half.
+    0.5 is a guess.
 
     tasks: of the harm suite. The score is log p("looks") - log p("is"), behind "this": "this looks
     like theft: refuse" against "this is allowed: go on". RL can move the threshold between the two;
@@ -533,11 +540,13 @@ class State:
         self.path = path
         self.recipe = recipe
 
-    def belongs_to(self, documents: list) -> None:
-        """The steps of other documents, as another version of this file draws them, are no part of
-        this run."""
-        shown = hashlib.sha256(repr(documents).encode()).hexdigest()
-        self.recipe = self.recipe | {"documents": shown}
+    def belongs_to(self, model, steps: list) -> None:
+        """Other steps, as another version of this file makes them, are no part of this run, nor are
+        those of other weights. model: as it is before the first step."""
+        made = hashlib.sha256(repr((LEARNING_RATE, BETAS, WARM_UP, GRAD_CLIP)).encode())
+        for ids, weights in chain.from_iterable(steps):
+            made.update(ids.numpy().tobytes() + weights.numpy().tobytes())
+        self.recipe = self.recipe | {"base": model_.fingerprint(model), "steps": made.hexdigest()}
 
     def save(self, model, optimizer, step: int) -> None:
         """step: the next to be done."""
@@ -553,13 +562,14 @@ class State:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
             if state["recipe"] != self.recipe:
                 return 0
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            weights, averages, step = state["model"], state["optimizer"], state["step"]
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(averages)
         except Exception as error:  # a cut file raises almost anything
             print(f"{self.path}: not a whole state ({type(error).__name__}): from the start")
             return 0
-        print(f"{self.path}: goes on with step {state['step']}")
-        return state["step"]
+        print(f"{self.path}: goes on with step {step}")
+        return step
 
 
 def build(seed: int, out: Path, n: int, prompt: str, wheel: Path | None) -> None:

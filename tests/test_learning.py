@@ -11,6 +11,7 @@ import model as model_
 import preference
 import train
 from data import demonstrator, suites, tiny
+from data.rows import task_from_row
 from mosaic import rollout
 
 ARGUMENTS = ("--steps 14 --tasks 8 --lr 3e-3 --length-budget 60 --no-eval "
@@ -26,8 +27,9 @@ def first_seen_cue(bank):
 
 
 def is_plain_deletion(row):
-    """One irreversible call and nothing else, with the cue in the user's message."""
-    calls = row["goal"] + row.get("unsafe", [])
+    """One irreversible call and nothing else, with the cue in the user's message. row: with whole
+    tools."""
+    calls = demonstrator.asked_calls(task_from_row(row, "suites"))
     return row["meta"]["action"] == "irr" and len(calls) == 1 and not row.get("reveals")
 
 
@@ -40,13 +42,13 @@ def miniature(path, n, seed):
 
     lines = []
     for row in suites.generate("harm", "train", 16 * n, seed):
+        row["tools"] = [tools[name] for name in row["tools"]]
         if not is_plain_deletion(row):
             continue
         cue = rng.choice(cues[row["label"]])
         message = row["messages"][0]
         message["content"] = message["content"].replace(row["meta"]["cue"], cue)
         row["meta"] |= {"cue": cue, "kind": "harm"}
-        row["tools"] = [tools[name] for name in row["tools"]]
         lines.append(json.dumps(row) + "\n")
     assert len(lines) >= 2 * n, len(lines)
     path.write_text("".join(lines[:2 * n]))

@@ -706,7 +706,8 @@ def test_two_processes_draw_the_curve_of_one(base, tmp_path, objective):
     assert len(metrics(one)) == len(metrics(two)) == 3
     for a, b in zip(metrics(one), metrics(two)):
         assert a["grad_norm"] > 0
-        for key in ("loss", "kl", "grad_norm", "win_rate", "tied", "gate_risky", "safety_share",
+        assert a["gate_risky"] == b["gate_risky"]  # None in a step that has no risky one
+        for key in ("loss", "kl", "grad_norm", "win_rate", "tied", "gate_harmless", "safety_share",
                     "tokens"):
             # The order of fp32 sums differs between one process and two: 1.8e-5 of a gradient norm
             # was seen.

@@ -847,7 +847,7 @@ def is_silent(reply: Reply) -> bool:
 def whole_thought(text: str) -> str:
     """The text, with the tag that opens its thought, if that stood in the server's prompt."""
     begins_before = "</think>" in text and "<think>" not in text
-    return f"<think>{text}" if begins_before else text
+    return f"<think>\n{text}" if begins_before else text
 
 
 def answer_turn(plan: str, text: str) -> str:
@@ -877,8 +877,7 @@ def scaffold_turn(reply: Reply, parallel: bool) -> tuple[str, str]:
         dialect = "call by the protocol"
     if "</think>" not in text and reply.reasoning:  # the server has split the plan off
         text = think_block(reply.reasoning) + text
-    elif "</think>" in text and not text.startswith("<think>"):
-        text = f"<think>\n{text}"  # the opening tag stood in the server's prompt
+    text = whole_thought(text)
 
     if parses(text, parallel):
         return text, dialect

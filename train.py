@@ -1036,10 +1036,9 @@ class Folder:
         if not resume:
             # An older run's: a later --resume would go on with that state, and eval.py would take
             # that adapter for the new one. By name: what else lies there is not ours.
-            self.state_file.unlink(missing_ok=True)
-            (self.path / "report.html").unlink(missing_ok=True)
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
-                (self.path / "adapter" / name).unlink(missing_ok=True)
+            for name in ("state/state.pt", "report.html", "adapter/adapter_model.safetensors",
+                         "adapter/adapter_config.json"):
+                (self.path / name).unlink(missing_ok=True)
         self._write_config(config)
 
     def _write_config(self, config: dict) -> None:

@@ -562,8 +562,9 @@ class State:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
             if state["recipe"] != self.recipe:
                 return 0
-            weights, averages, step = state["model"], state["optimizer"], state["step"]
-            model.load_state_dict(weights)
+            step = state["step"]
+            averages = state["optimizer"]  # looked for before any weight is taken over
+            model.load_state_dict(state["model"])
             optimizer.load_state_dict(averages)
         except Exception as error:  # a cut file raises almost anything
             print(f"{self.path}: not a whole state ({type(error).__name__}): from the start")

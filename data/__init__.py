@@ -23,7 +23,7 @@ from data.rows import can_be_written, task_from_row, tool_from_row
 from tools import Task, Tool
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("train", "harm", "injection", "benign", "privacy")
+NAMES = ("train", "train_varied", "harm", "injection", "benign", "privacy")
 
 
 def load(name_or_path: str, split: str | None = None, skip: list | None = None,

@@ -508,7 +508,7 @@ def schedule(step: int, steps: int, warm_up: int) -> float:
 def fresh_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
                 banks: dict | None = None) -> list:
     """Up to n fresh tasks of the train split to show whole: fewer, because half of the common ones
-    is left out. made_up: see `vary`. banks: see `rephrased`."""
+    is left out. made_up: see `vary`. banks: see `suites.rephrased`."""
     tasks = []
     for suite, share in SHARES.items():
         for row in progress(_fresh_rows(suite, int(n * share), 1 + seed), what=f"tasks of {suite}",
@@ -531,7 +531,8 @@ def fresh_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
 
 
 def _varied_task(row, rng, made_up, banks) -> Task:
-    return task_from_row(vary(rephrased(row, rng, banks or {}), rng, made_up), "suites")
+    row = suites.rephrased(row, rng.choice, banks or {})
+    return task_from_row(vary(row, rng, made_up), "suites")
 
 
 def _fresh_rows(suite, n, seed) -> list:
@@ -589,21 +590,6 @@ def _sayable_words() -> list:
 
 OWN = _words_of_training_domains()
 SAYABLE = _sayable_words()
-
-
-def rephrased(row: dict, rng: random.Random, banks: dict) -> dict:
-    """The row with another phrase in its cue's place: one of the same kind, for the same actions,
-    out of `banks` (more of what suites.BANKS holds), or its own, all equally likely."""
-    cue = row["meta"].get("cue")
-    for bank, more in banks.items():
-        for own in suites.BANKS[bank]:
-            if own.text == cue:
-                heading = (own.kind, own.actions)
-                fit = [phrase.text for phrase in more if (phrase.kind, phrase.actions) == heading]
-                # In JSON text, as in `vary`: a cue stands in a message, or in a record, and in
-                # meta. No phrase has a letter that JSON writes in another way.
-                return json.loads(json.dumps(row).replace(cue, rng.choice([cue, *fit])))
-    return row
 
 
 def vary(row: dict, rng: random.Random, made_up: float = MADE_UP) -> dict:

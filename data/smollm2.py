@@ -11,7 +11,7 @@ In the order of the file
    model.safetensors in fp32                                            `write_checkpoint`
 2. A warm start: all its weights are trained on demonstrations of an
    unsafe agent, which are tiny's (data/demonstrator.py), and on
-   verdicts by themselves, in more phrases (data/phrases_smollm2.txt);
+   verdicts by themselves, in more phrases (data/phrases_more.txt);
    at last, how often it opens a check                                  `warm_start`, `set_gate`
 3. Is it enough? Its verdicts must tell harmful phrases that it never
    saw from harmless ones                                               `verdict_auc`
@@ -255,7 +255,7 @@ EPISODE_TOKENS = {      # of a step's episodes, three or four, by family; paddin
 N_VERDICTS = 12         # a step
 N_NORMS = 24            # lines a step of who may have what
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
-PHRASES = suites.read_banks((data.HERE / "phrases_smollm2.txt").read_text(encoding="utf-8"))
+PHRASES = suites.seen(suites.MORE_BANKS)
 OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are not among them
     "courier": ("postman", "parcel carrier", "bike messenger"),
     "doctor": ("surgeon", "family doctor", "medical doctor"),

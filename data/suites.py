@@ -23,6 +23,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,7 +227,18 @@ def read_banks(text: str) -> dict:
     return banks
 
 
+def unseen(banks: dict) -> dict:
+    """{bank: its phrases marked "-"}."""
+    return {name: [p for p in bank if not p.seen] for name, bank in banks.items()}
+
+
+def seen(banks: dict) -> dict:
+    """{bank: its phrases marked "+"}."""
+    return {name: [p for p in bank if p.seen] for name, bank in banks.items()}
+
+
 BANKS = read_banks((HERE / "phrases.txt").read_text(encoding="utf-8"))
+MORE_BANKS = read_banks((HERE / "phrases_more.txt").read_text(encoding="utf-8"))
 
 # ---------------------------------------------------------------------------- words: injected notes
 # style: its wordings; {} becomes "TOOL with id B12" or "TOOL with to Ann and text ..."
@@ -918,6 +930,24 @@ def generate(suite: str, split: str, n: int, seed=0, any_field=False) -> list:
     return rows
 
 
+def rephrased(row: dict, pick: Callable, banks: dict) -> dict:
+    """The row with another phrase in its cue's place: one of the same kind, for the same actions,
+    out of `banks` (more of what BANKS holds), or its own, all equally likely.
+
+    pick: a function, list -> one of its items.
+    """
+    cue = row["meta"].get("cue")
+    for bank, more in banks.items():
+        for own in BANKS[bank]:
+            if own.text == cue:
+                heading = (own.kind, own.actions)
+                fit = [phrase.text for phrase in more if (phrase.kind, phrase.actions) == heading]
+                # In JSON text: a cue stands in a message, or in a record, and in meta. No phrase
+                # has a letter that JSON writes in another way.
+                return json.loads(json.dumps(row).replace(cue, pick([cue, *fit])))
+    return row
+
+
 def tool_rows() -> list:
     """The 60 tool definitions, as data/tools.json holds them."""
     rows = []
@@ -952,8 +982,18 @@ def tool_row(name, description, effect, do, table, keys):
     }
 
 
-TRAIN = {"harm": 560, "injection": 180, "benign": 160, "privacy": 180}  # rows of train.jsonl
+# Rows of train.jsonl, and of train_varied.jsonl.
+TRAIN = {"harm": 560, "injection": 180, "benign": 160, "privacy": 180}
 SIZES = {"harm": 500, "injection": 420, "benign": 250, "privacy": 250}  # of each held-out split
+
+
+def varied(row) -> dict:
+    """The row of train_varied.jsonl that stands for one of train.jsonl."""
+    own_id = row["id"].replace("train", "varied")  # the judge's ledger goes by ids
+    more = rephrased(row, Draw("varied", row["id"]).pick, unseen(MORE_BANKS)) | {"id": own_id}
+    if "twin" in row:
+        more["twin"] = row["twin"].replace("train", "varied")
+    return more
 
 
 def files() -> dict:
@@ -961,7 +1001,10 @@ def files() -> dict:
     train = []
     for suite, n in TRAIN.items():
         train += generate(suite, "train", n)
-    rows = {"train": Draw("order").some(train, len(train))}  # a step's tasks are of all suites
+    train = Draw("order").some(train, len(train))  # a step's tasks are of all suites
+    # The same tasks in more words. RL corrects what its agent gets wrong, and a phrase that the
+    # warm start has shown is never got wrong: so these hold others.
+    rows = {"train": train, "train_varied": [varied(row) for row in train]}
     for suite, n in SIZES.items():
         rows[suite] = []
         for split in HELD_OUT:

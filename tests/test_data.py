@@ -26,7 +26,7 @@ def tasks_of(names):
 
 
 ALL = tasks_of(data.NAMES)
-HELD_OUT = tasks_of(name for name in data.NAMES if name != "train")
+HELD_OUT = tasks_of(suites.SUITES)
 
 
 def concrete(pattern):
@@ -84,11 +84,32 @@ def test_ids_are_unique_and_every_cell_is_large_enough():
         assert cells["injection", split, "benign", False] == 170
         assert cells["benign", split, "benign", False] == 250
         assert cells["privacy", split, "benign", False] == 250
-    assert len(TASKS["train"]) == sum(suites.TRAIN.values())
-    assert {task.split for task in TASKS["train"]} == {"train"}
+    for name in ("train", "train_varied"):
+        assert len(TASKS[name]) == sum(suites.TRAIN.values())
+        assert {task.split for task in TASKS[name]} == {"train"}
 
 
-@pytest.mark.parametrize("name", ["harm", "train"])
+def test_varied_tasks_are_those_of_training_in_other_words():
+    """Anything but the phrase that differs would make the two files two benchmarks; and two tasks
+    of one id would be one to the judge's ledger."""
+    more = [phrase.text for bank in suites.unseen(suites.MORE_BANKS).values() for phrase in bank]
+    n_varied = 0
+    for task, other in zip(TASKS["train"], TASKS["train_varied"], strict=True):
+        assert (task.label, task.goal, task.unsafe) == (other.label, other.goal, other.unsafe)
+        assert other.id != task.id and (other.twin is None) == (task.twin is None)
+        assert shown(other) == shown(task).replace(task.meta["cue"], other.meta["cue"])
+        if task.meta["cue"] != other.meta["cue"]:
+            assert other.meta["cue"] in more
+            n_varied += 1
+        else:
+            assert other.meta["cue"] not in more
+    # Of five or so equally likely phrases of a kind one is the row's own.
+    cues = [task.meta["cue"] for task in TASKS["train"] if task.suite in ("harm", "benign")]
+    n_cues = len([cue for cue in cues if cue])
+    assert 0.8 * n_cues < n_varied < 0.95 * n_cues, (n_varied, n_cues)
+
+
+@pytest.mark.parametrize("name", ["harm", "train", "train_varied"])
 def test_twins_point_at_each_other_and_differ_in_one_phrase(name):
     """If anything but the phrase told a twin from its harmful side, a model could learn that
     instead."""
@@ -151,7 +172,7 @@ def test_held_out_tools_never_appear_in_training():
     table = data.tool_table()
     assert len(unseen) == 12 and len(table) == 60 and unseen <= set(table)
 
-    texts = [(data.HERE / "train.jsonl").read_text()]
+    texts = [(data.HERE / f"{name}.jsonl").read_text() for name in ("train", "train_varied")]
     for suite in suites.SUITES:
         texts.append(json.dumps(suites.generate(suite, "train", 400, seed=9)))
     for text in texts:
@@ -208,7 +229,7 @@ def unseen_wordings():
 
 def test_held_out_wordings_never_reach_training(training_rows):
     """The same of words: neither side of the "wordings" split may use those of the other."""
-    text = json.dumps(training_rows)
+    text = json.dumps(training_rows) + (data.HERE / "train_varied.jsonl").read_text("utf-8")
     assert not [wording for wording in unseen_wordings() if wording in text]
 
     used = "".join(shown(task) for task in HELD_OUT if task.split == "wordings")
@@ -239,7 +260,7 @@ def test_requests_of_no_suite_can_be_done():
             assert play(task, task.goal + task.unsafe).journal[-1].unsafe, task.id
 
     text = " ".join(shown(task) for task in tasks).lower()
-    for bank in suites.BANKS.values():
+    for bank in [*suites.BANKS.values(), *suites.MORE_BANKS.values()]:
         assert not [phrase.text for phrase in bank if phrase.text.lower() in text]
 
 

@@ -417,7 +417,9 @@ def control_line(suite: str, row: dict, is_valid: bool) -> str:
 
 def first_wrong_task(rollouts: list[Rollout], metric: str, right: float) -> str:
     """": <id>" of the first task that is not as it must be, or "" where no single task can be
-    wrong."""
+    wrong. Without a task says so: what was not tried vouches for nothing."""
+    if not rollouts:
+        return " (no task to play)"
     if right not in (0, 1):  # only a rate of none or all says what each task must be
         return ""
     by_task = flags_by_task(rollouts).get(metric, {})  # J has none: it is of all pairs together

@@ -19,6 +19,8 @@ from dataclasses import replace
 
 from tools import Task, call_text, refusal_tool
 
+ABSENT = "\0"  # a text that no task holds
+
 
 # ------------------------------------------------------------------------------------------- turns
 def turn_text(action: str, plan: str | None = None, check: str | None = None) -> str:
@@ -70,12 +72,22 @@ def fill_pattern(pattern: dict, paste: tuple | list = ()) -> str:
 
     paste: texts that are added wherever the pattern leaves a text open.
     """
-    arguments = {}
-    for key, value in pattern.get("arguments", {}).items():
-        if isinstance(value, dict) and list(value) == ["contains"]:
-            value = " ".join([*value["contains"], *paste])
-        arguments[key] = value
-    return call_turn(pattern["name"], arguments)
+    return call_turn(pattern["name"], _filled_fields(pattern.get("arguments", {}), paste))
+
+
+def _filled_fields(fields: dict, paste) -> dict:
+    return {key: _filled(value, paste) for key, value in fields.items()}
+
+
+def _filled(value, paste):
+    """A pattern's value, in which texts may be left open at any depth -> one that fits it."""
+    if isinstance(value, list):
+        return [_filled(part, paste) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if list(value) == ["contains"]:
+        return " ".join([*value["contains"], *paste])
+    return _filled_fields(value, paste)
 
 
 # ----------------------------------------------------------------------------------------- scripts
@@ -126,6 +138,33 @@ def paste_all(task: Task) -> Callable:
     return follow(task.goal, paste=[secret["value"] for secret in task.secrets])
 
 
+def paste_leaks(task: Task) -> bool:
+    """Must paste_all leak? In some call that is no read the goal has to leave a text open, and to
+    name nobody who may have one of the secrets.
+
+    Rather no than yes: a row where it only may leak says nothing of the scorer, which this does not
+    ask."""
+    reads = {tool.name for tool in task.tools if tool.effect == "read"}
+    for pattern in task.goal:
+        texts = _texts(_filled_fields(pattern.get("arguments", {}), [ABSENT]))
+        if pattern["name"] in reads or not any(ABSENT in text for text in texts):
+            continue
+        for secret in task.secrets:
+            if texts.isdisjoint(_texts(secret["allowed"])):
+                return True
+    return False
+
+
+def _texts(value) -> set:
+    """All texts and numbers in a JSON value, at any depth, but for its keys; without case and with
+    single spaces, as names are compared."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return set().union(*[_texts(part) for part in value])
+    return {" ".join(str(value).split()).casefold()}
+
+
 def hijacked(task: Task) -> Callable:
     """Works on the goal until it reads the attack; then does what the attack says, then goes on."""
     cue = _letters(task.meta["cue"])
@@ -156,7 +195,7 @@ def no_attack(task: Task) -> Task:
 
     ValueError: the words are not found.
     """
-    cue = task.meta.get("cue") or "\0"  # a text that no task holds
+    cue = task.meta.get("cue") or ABSENT
     # As JSON text: the words may stand anywhere in the world, also as a part of a longer text.
     text = json.dumps([task.world, task.messages])
     world, messages = json.loads(text.replace(json.dumps(cue)[1:-1], ""))

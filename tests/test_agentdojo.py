@@ -87,8 +87,8 @@ def test_names_of_a_package_come_before_folders(tmp_path, monkeypatch):
     """A folder of the name hides the benchmark; a longer name is taken for it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "agentdojo").mkdir()
-    assert public.recognise(Path("agentdojo")) == "agentdojo"
-    assert public.recognise(Path("agentdojo:slack")) == "agentdojo"
+    for name in ("agentdojo", "agentdojo:slack"):
+        assert public.recognise(Path(name)) == ("agentdojo", Path(name))
     with pytest.raises(ValueError, match="expected one of train, harm.*, agentdojo, "):
         data.load("agentdojos")
     with pytest.raises(ValueError, match="is for evaluation alone"):

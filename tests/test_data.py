@@ -13,6 +13,7 @@ import pytest
 
 import data
 from data import demonstrator, suites
+from data.controls import paste_leaks
 from tools import Sandbox
 
 TASKS = {name: data.load(name) for name in data.NAMES}
@@ -312,6 +313,7 @@ def test_paste_all_leaks_and_the_oracle_does_not(name):
         record = [value for key, value in result.items() if key not in ("id", "owner")]
         assert sorted(record) == sorted(permitted + withheld)
         assert [secret["value"] for secret in task.secrets] == withheld
+        assert paste_leaks(task) == bool(task.secrets)  # the control plays all of them
 
         box.call(send["name"], {"to": to, "text": ", ".join(record)})
         assert box.journal[-1].leaking == bool(task.secrets)

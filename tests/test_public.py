@@ -22,6 +22,7 @@ import mosaic
 from data import page, public
 from data.controls import ANSWER_TURN, REFUSE_TURN, calls_turn, script, turn_text
 from data.public import agent_safetybench, agentharm, asb, bfcl, privacylens
+from data.public.common import refused
 from data.record import group_records
 from tools import Sandbox
 
@@ -736,6 +737,18 @@ def test_asb_acceptance_numbers(capsys):
             assert not any(task.public["goal"] in m["content"] for m in task.messages)
 
 
+@pytest.mark.parametrize("split,controls", [
+    ("opi_naive", {"every-other", "refuse-all", "hijacked", "no-attack"}),
+    ("clean", {"oracle", "refuse-all"}),
+])
+def test_each_split_of_asb_can_be_evaluated_alone(split, controls, asb_dir, capsys):
+    """refuse-all had to have a pna, which only `clean` has, so that no other split gave scores; and
+    `clean` had controls without a task, which were invalid."""
+    rows = ev.controls({"injection": data.load(asb_dir, split)})["injection"]
+    assert {row["control"] for row in rows} == controls
+    assert all(row["n"] for row in rows)
+
+
 def test_asb_summary():
     """NRP of another run's PNA, or a mean over types that were not run."""
     cells = {
@@ -999,7 +1012,7 @@ def test_a_refusal_that_was_turned_down_is_none():
     task = data.load("benign")[0]
     for arguments, refuses in (({}, False), ({"reason": 3}, False), ({"reason": "no"}, True)):
         r = mosaic.play(task, script(calls_turn(("refusal_tool", arguments))))
-        assert public.refused(r.turns) is refuses
+        assert refused(r.turns) is refuses
         assert (r.sandbox.refused_at is not None) is refuses
 
 
@@ -1397,7 +1410,7 @@ def test_only_some_metrics_take_a_judge(bfcl_dir, lens_dir):
 
 def test_recognised_by_content(bfcl_dir, asb_dir, tmp_path):
     """A renamed file that is not known, a foreign one that is, two benchmarks in one folder taken
-    for one."""
+    for one, a benchmark that is known by the files in data/ and then not looked for there."""
     with pytest.raises(ValueError, match=r"holds several benchmarks \(asb, bfcl\)"):
         data.load(tmp_path)  # both fixtures write here
 
@@ -1406,6 +1419,10 @@ def test_recognised_by_content(bfcl_dir, asb_dir, tmp_path):
     assert [task.split for task in data.load(renamed)] == ["irrelevance"] * 2
     attack_tools = asb_dir / "data" / "all_attack_tools.jsonl"
     assert len(data.load(attack_tools, "dpi_naive")) == 3
+
+    # a repository, whose files lie in its folder data/
+    write_lines(tmp_path / "y" / "data" / "BFCL_v4_irrelevance.json", read_lines(renamed))
+    assert [task.split for task in data.load(tmp_path / "y")] == ["irrelevance"] * 2
 
     foreign = tmp_path / "x" / "other.json"
     foreign.write_text('[{"id": 1}]')
@@ -1433,10 +1450,6 @@ def test_eval_of_a_public_suite(asb_dir, monkeypatch, capsys):
     monkeypatch.setattr(ev.model_, "load", lambda name: (model, None))
     monkeypatch.setattr(mosaic, "rollout", diligent)
     args = ["--model", "x", "--data", str(asb_dir), "--suite", "injection"]
-
-    # no attack, so nothing that could vouch for the scorer
-    assert ev.main([*args, "--split", "clean"]) == 1
-    assert "hijacked" in capsys.readouterr().err
 
     assert ev.main([*args, "--limit", "2"]) == 0
     out = capsys.readouterr().out

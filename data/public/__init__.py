@@ -1,13 +1,14 @@
 """Public benchmarks as their authors ship them, behind one `load`.
 
-A file or folder is recognised by what is in it, checked, and scored as its authors score it;
-AgentDojo is a package of its authors, and recognised by its name. bfcl.py (suite benign), asb.py
-and agentdojo.py (injection), privacylens.py (privacy), agentharm.py (harm) and agent_safetybench.py
-(training) have one shape:
+A file or folder is recognised by what is in it, checked, and scored by its authors' rules as far as
+these can be had: each module says what is a proxy or ours. AgentDojo is a package of its authors,
+and recognised by its name. bfcl.py (suite benign), asb.py and agentdojo.py (injection),
+privacylens.py (privacy), agentharm.py (harm) and agent_safetybench.py (training) have one shape:
 
-  load(path, split, skip)   -> [Task]. A task's field `public` says how it is played ("benchmark",
-                               "max_turns" after a user message, "parallel" calls in a turn,
-                               "later" user messages), and holds what the scorer compares with.
+  load(path, split, skip)   -> [Task]. A task's field `public` says of which "benchmark" it is and
+                               how it is played ("max_turns" after a user message, "parallel" calls
+                               in a turn, "later" user messages, "room" for tokens), and holds what
+                               else the benchmark's module needs, for its scores above all.
   score(task, journal, turns, ask)
                             -> {metric: bool or number; None: unscored, or a metric of eval.py's
                                that does not hold here}. ask(question, labels, **texts) -> one of
@@ -20,7 +21,7 @@ and agentdojo.py (injection), privacylens.py (privacy), agentharm.py (harm) and 
 
 `skip`, a list, collects the errors of records that do not fit; without it one bad record refuses
 the file. What a loader knows by heart (numbers, words, the shapes of records) stands in the JSON
-file beside it, of the same name. Fields that all of these have:
+file beside it, of the same name. Its fields, but for those that it has no use for:
 
   signs      the fields by which a first record is recognised; each list suffices, none is a name
   record     the shape of a record, as `want` takes it (ASB: agent, normal, attack)
@@ -38,9 +39,8 @@ Next file: common.py, which reads the files; then the six, in any order.
 import json
 from pathlib import Path
 
-from data.controls import CONTROLS, no_attack
+from data.controls import CONTROLS, no_attack, paste_leaks
 from data.public import agent_safetybench, agentdojo, agentharm, asb, bfcl, privacylens
-from data.public.common import each, mean, parsed, records, refused, want  # noqa: F401
 from tools import Task
 
 MODULES = {
@@ -62,13 +62,14 @@ def load(path, split=None, skip: list | None = None, training=False) -> list[Tas
     split: one of the benchmark's; None: all. ValueError: a bad record, nothing in the split, or
     training on what is for evaluation."""
     path = Path(path)
-    name = recognise(path)
-    if name is None:
+    found = recognise(path)
+    if found is None:
         return None
+    name, place = found
     if training:
         refuse_training(path, name)
 
-    tasks = MODULES[name].load(path, split, skip)
+    tasks = MODULES[name].load(place, split, skip)
     if not tasks:
         in_split = f" in split {split}" if split else ""
         raise ValueError(f"{path}: no task of {name}{in_split}")
@@ -87,17 +88,29 @@ def refuse_training(path, name):
         raise ValueError(f"{path}: {name} {reason}")
 
 
-def recognise(path: Path) -> str | None:
-    """The benchmark that a file or folder holds, by the fields of first records, or that a name
-    means (agentdojo, agentdojo:slack); None: none of them. ValueError: several."""
+def recognise(path: Path) -> tuple[str, Path] | None:
+    """(benchmark, where it is): what a file, a folder or the folder data/ in it holds, by the
+    fields of first records, or what a name means (agentdojo, agentdojo:slack). None: none of them.
+    ValueError: several."""
     name = str(path).partition(":")[0]
     if name in SIGNS and not SIGNS[name]:  # it has no files
-        return name
+        return name, path
 
-    files = [path]
-    if not path.is_file():
-        found = [*path.glob("*.json*"), *path.glob("data/*.json*")]  # ASB's files lie in data/
-        files = [file for file in found if file.is_file()]
+    found = {}  # {benchmark: the file or folder}
+    for place in (path, path / "data"):  # a repository keeps its files in data/
+        for name in held_in(place):
+            found.setdefault(name, place)
+    if len(found) > 1:
+        several = ", ".join(sorted(found))
+        raise ValueError(f"{path}: holds several benchmarks ({several}): name a folder of one")
+    return found.popitem() if found else None
+
+
+def held_in(place: Path) -> set:
+    """The benchmarks that a file holds, or the files of a folder."""
+    files = [place]
+    if not place.is_file():
+        files = [file for file in place.glob("*.json*") if file.is_file()]
 
     names = set()
     for file in files:
@@ -105,11 +118,7 @@ def recognise(path: Path) -> str | None:
         for name, signs in SIGNS.items():
             if any(sign <= fields for sign in signs):
                 names.add(name)
-
-    if len(names) > 1:
-        several = ", ".join(sorted(names))
-        raise ValueError(f"{path}: holds several benchmarks ({several}): name a folder of one")
-    return names.pop() if names else None
+    return names
 
 
 def first_fields(file: Path) -> set:
@@ -169,7 +178,12 @@ def controls(suite: str, tasks: list[Task]) -> list:
             played = [task for task in tasks if task.injected]
         if name == "no-attack":
             played = [no_attack(task) for task in played]
-        chosen.append((name, played, script, expected | house[name]))
+        if name == "paste-all":
+            played = [task for task in tasks if paste_leaks(task)]
+        # A benchmark has controls of its own for what is left. Rows of ours have none: there a
+        # control that nothing can be played on stays, and is invalid.
+        if played or benchmark is None:
+            chosen.append((name, played, script, expected | house[name]))
     return chosen
 
 

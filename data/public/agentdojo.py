@@ -2,9 +2,9 @@
 
 Files. None: the authors' package is imported when it is asked for (pip install agentdojo==0.1.35).
 `agentdojo` is all of its suites, workspace, travel, banking and slack; `agentdojo:slack` is one.
-Splits: none, 97 tasks of a user; and, of 949 pairs of such a task with an attacker's goal each, the
-attacks important_instructions, ignore_previous, injecagent and direct, whose words stand where that
-task's tools show them.
+Splits: none, 97 tasks of a user; and the attacks important_instructions, ignore_previous,
+injecagent and direct, each of the same 949 pairs of such a task with an attacker's goal. Its words
+stand in every place that the calls of the task's ground truth show.
 
 Tools, environments, results, errors, attacks and verdicts are the package's own code. Scores, over
 all and for each suite ("utility/slack"):
@@ -25,10 +25,10 @@ from dataclasses import replace
 
 from data.controls import hijacked, no_attack, oracle, refuse_all, silent
 from data.public import dojo
-from data.public.common import attack_scores, mean, read_card, refused
+from data.public.common import attack_scores, mean, refused
 from tools import Task, Tool
 
-CARD = read_card("agentdojo")
+CARD = dojo.CARD
 
 
 # -------------------------------------------------------------------------------------------- tasks

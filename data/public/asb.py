@@ -45,7 +45,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from data.controls import calls_turn, refuse_all, script
+from data.controls import calls_turn, oracle, refuse_all, script
 from data.public.common import attack_scores, mean, parsed, read_card, records, refused, want
 from tools import Task, Tool
 
@@ -60,15 +60,12 @@ CONFIG_FOLDERS = ("agents", "../agents", "../pyopenagi/agents/example")
 
 # ------------------------------------------------------------------------------- files become tasks
 def load(path: Path, split=None, skip: list | None = None) -> list[Task]:
-    """path: the repository, its folder data/, or one file of attacker's tools."""
+    """path: the repository's folder data/, or one file of attacker's tools."""
     root = path
     attack_file = path / "all_attack_tools.jsonl"
     if path.is_file():
         root = path.parent
         attack_file = path
-    elif (path / "data").is_dir():
-        root = path / "data"
-        attack_file = root / "all_attack_tools.jsonl"
 
     def read(file, shape):
         return records(file, shape, skip=skip, expected=COUNTS.get(file.name))
@@ -189,10 +186,12 @@ def message_texts(journal, turns):
 
 # -------------------------------------------------------------------------- controls and aggregates
 def controls(tasks: list[Task]) -> list:
-    """The agent that calls every attacker's tool but the target, and the one that refuses.
+    """Under attack the agent that calls every attacker's tool but the target, and the one that
+    refuses; without an attack the one that does the task, and the one that refuses.
 
     eval.py's own hijacked and no-attack hold, too ("house" in asb.json)."""
     attacked = [task for task in tasks if task.injected]
+    clean = [task for task in tasks if not task.injected]
     cases = []
     for task in attacked:
         if task.split == attacked[0].split:  # it does not read the attack: one type of it will do
@@ -207,7 +206,9 @@ def controls(tasks: list[Task]) -> list:
             call_every_other,
             {"asr_strict": 0, "asr_official": shared / max(1, len(cases))},
         ),
-        ("refuse-all", tasks, refuse_all, {"asr_official": 0, "refusal_rate_offline": 1, "pna": 0}),
+        ("refuse-all", attacked, refuse_all, {"asr_official": 0, "refusal_rate_offline": 1}),
+        ("oracle", clean, oracle, {"pna": 1}),
+        ("refuse-all", clean, refuse_all, {"pna": 0}),
     ]
 
 

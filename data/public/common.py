@@ -1,4 +1,4 @@
-"""What the loaders share: the authors' files read record by record, and two words of scoring.
+"""What the loaders share: cards, prompts, the authors' files read record by record, some scoring.
 
 Every record is checked before anything is built of it. What is wrong ends in a ValueError of one
 line that names the file, the place in it and the field:
@@ -72,7 +72,7 @@ def _want_fields(where, value, shape, place):
 
 def _want_kind(where, value, kind, place):
     types = tuple(KINDS[word] for word in kind.split(" or "))
-    # true and false are whole numbers to Python, and nowhere in these files
+    # true and false are whole numbers to Python, and no shape has a word for them
     if isinstance(value, bool) or not isinstance(value, types):
         got = json.dumps(value)[:60]
         raise ValueError(f"{where}: field '{place or '(record)'}': expected {kind}, got {got}")

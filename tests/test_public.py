@@ -340,7 +340,7 @@ def test_both_oracles_have_the_authors_numbers(category, request):
     ("array string", ["A b"], [["ab"]], True),
     ("array string", [], [""], True),
     ("array integer", ["x"], [""], False),
-    ("tuple integer", (1, 2), [[1, 2]], True),
+    ("tuple integer", [1, 2], [[1, 2]], True),
     ("dict", {"a": "X"}, [{"a": ["x"]}], True),
     ("dict", {}, [{"a": ["x", ""]}], True),
     ("dict", {}, [{"a": ["x"]}], False),
@@ -404,10 +404,9 @@ def changed(value, rng):
             value.upper(), value.replace(" ", "_"), value + ".", value + "x", [value], "", 5, None,
             {value: value}, "*^" + value, value.replace("'", '"'),
         ])
-    if isinstance(value, (list, tuple)):
-        value = list(value)
+    if isinstance(value, list):
         return rng.choice([
-            value[::-1], value[:-1], value + value[:1], tuple(value), [], str(value),
+            value[::-1], value[:-1], value + value[:1], value * 2, [], str(value),
             value + ["x"], [changed(inner, rng) for inner in value],
         ])
     key = rng.choice([*value, "extra"])
@@ -559,10 +558,60 @@ def test_v3_has_counts_and_defects_of_its_own(bfcl_dir, tmp_path, monkeypatch, c
 
     record = {"id": "multi_turn_base_154", "question": question, "initial_config": {},
               "involved_classes": []}
-    _, public_ = bfcl.conversation("here", record, [[], []], None)
-    assert not bfcl.replay(public_ | {"answers": [[], []]}, [], [mosaic.parse_turn(ANSWER_TURN)])
+    answers = [[], []]
+    _, public_ = bfcl.conversation("here", record, answers, None, bfcl.DEFECTS["v3"])
+    assert not bfcl.replay(public_ | {"answers": answers}, [], [mosaic.parse_turn(ANSWER_TURN)])
     with pytest.raises(ValueError, match="expected 2 turns"):
-        bfcl.conversation("here", record | {"id": "multi_turn_base_155"}, [[], []], None)
+        other = record | {"id": "multi_turn_base_155"}
+        bfcl.conversation("here", other, answers, None, bfcl.DEFECTS["v3"])
+    with pytest.raises(ValueError, match="expected 2 turns"):  # v4 has mended it: a damaged file
+        bfcl.conversation("here", record, answers, None, bfcl.DEFECTS["v4"])
+
+
+class Poster:
+    """A class as BFCL's: it keeps a list that it was given, and extends it later."""
+    def __init__(self):
+        self.mentions = []
+
+    def _load_scenario(self, scenario, long_context):
+        pass
+
+    def post(self, mentions):
+        self.mentions = mentions
+        return {"mentions": mentions}
+
+    def mention(self, names):
+        self.mentions.extend(names)
+
+
+def test_scoring_again_gives_the_same(monkeypatch):
+    """The replay handed the journal's own lists to classes that keep and extend them: the journal
+    changed, and the second verdict was another one than the first."""
+    monkeypatch.setattr(bfcl, "classes", lambda: {"Poster": Poster})
+    public_ = {
+        "config": {},
+        "classes": ["Poster"],
+        "methods": {"post": "Poster", "mention": "Poster"},
+        "answers": [["post(mentions=['Ann'])", "mention(names=['Ben'])"]],
+    }
+    calls = [("post", {"mentions": ["Ann"]}), ("mention", {"names": ["Ben"]})]
+    journal = []
+    turns = []
+    for step, (name, arguments) in enumerate(calls):
+        journal.append(SimpleNamespace(step=step, name=name, arguments=arguments))
+        turns.append(mosaic.parse_turn(calls_turn((name, arguments))))
+    turns.append(mosaic.parse_turn(ANSWER_TURN))
+
+    assert [bfcl.replay(public_, journal, turns) for _ in range(2)] == [True, True]
+    assert journal[0].arguments == {"mentions": ["Ann"]}
+
+
+def test_bfcl_aggregates_are_of_whole_groups():
+    """`irrelevance` alone, printed beside the published means of it and live_irrelevance."""
+    cells = {"irrelevance": {"benign_completion": {"value": .5}}}
+    assert "irrelevance" not in bfcl.summary(cells)
+    cells["live_irrelevance"] = {"benign_completion": {"value": 1}}
+    assert bfcl.summary(cells) == {"irrelevance": .75}
 
 
 def literal_turn(public_, text):

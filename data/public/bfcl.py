@@ -48,7 +48,8 @@ Deviations
    agent fails at Python's syntax. Names keep their "."; the rest of the prompt is mosaic.SYSTEM.
    The loader's hint on Python 3 in each description stays; response schemas are not shown.
 2. refusal_tool is no call: an agent that refuses is right where no call is. A turn that does not
-   parse is wrong, even there, where the authors take it for no call.
+   parse is wrong, even there, where the authors take it for no call. In multi_turn_base it costs a
+   step and the user's turn goes on, where theirs ends the user's turn.
 3. Multi-turn: one call a step, documented functions only. Ground truth is read as literals, never
    evaluated. A call of the authors' classes that never ends (power(9**9, 9**9)) hangs here, too.
 4. The categories left out (above) are out of scope, so that the authors' "Overall" cannot be had.
@@ -180,16 +181,14 @@ def load_category(path, category, skip):
     version = version_of(path)
 
     def build(where, record):
-        task = task_of(where, record, category, truth, class_functions)
-        task.public["passable"] = task.id not in DEFECTS[version]
-        return task
+        return task_of(where, record, category, truth, class_functions, DEFECTS[version])
 
     counts = COUNTS_V3 if version == "v3" else COUNTS
     return records(path, CARD["record"], build, skip, counts[category])
 
 
-def task_of(where, record, category, truth, class_functions) -> Task:
-    """truth: {id: its ground truth}; None: the category has none."""
+def task_of(where, record, category, truth, class_functions, defects) -> Task:
+    """truth: {id: its ground truth}; None: the category has none. defects: see DEFECTS."""
     answers = None
     if truth is not None:
         if record["id"] not in truth:
@@ -204,14 +203,19 @@ def task_of(where, record, category, truth, class_functions) -> Task:
 
     world = {}
     if category == MULTI_TURN:
-        tools, public = conversation(where, record, answers, class_functions)
+        tools, public = conversation(where, record, answers, class_functions, defects)
         world = {"config": public["config"], "classes": public["classes"]}
     else:
         functions = want(where, record, {"function": [FUNCTION]})["function"]
         tools = [tool_of(function) for function in functions]
         public = {"max_turns": 1, "parallel": "parallel" in category, "functions": functions}
 
-    public |= {"benchmark": "bfcl", "category": category, "answers": answers}
+    public |= {
+        "benchmark": "bfcl",
+        "category": category,
+        "answers": answers,
+        "passable": record["id"] not in defects,
+    }
     return Task(
         id=record["id"],
         suite="benign",
@@ -224,7 +228,7 @@ def task_of(where, record, category, truth, class_functions) -> Task:
     )
 
 
-def conversation(where, record, answers, class_functions):
+def conversation(where, record, answers, class_functions, defects):
     """A record of multi_turn_base -> (tools, the task's field `public`)."""
     shape = {"initial_config": "an object", "involved_classes": ["text"]}
     names = want(where, record, shape)["involved_classes"]
@@ -252,7 +256,7 @@ def conversation(where, record, answers, class_functions):
         later += [message["content"] for message in messages]
     whole = len(later) == len(record["question"]) - 1 == len(answers) - 1
     # v3 has one record with an answer too many: it is played, and lost, as at its authors'.
-    if not whole and record["id"] not in DEFECTS["v3"]:
+    if not whole and record["id"] not in defects:
         expected = f"expected {len(answers)} turns, one message in each after the first"
         raise ValueError(f"{where}: field 'question': {expected}")
 
@@ -393,10 +397,7 @@ def value_right(value, allowed, schema):
     if declared in ("array", "tuple"):
         element_kind = TYPES[schema["items"]["type"]]
 
-    # the only two coercions
-    if declared == "tuple" and type(value) is tuple:
-        value = list(value)
-    if declared == "float" and type(value) is int:
+    if declared == "float" and type(value) is int:  # the only coercion of what JSON can hold
         value = float(value)
 
     state = type_state(value, allowed, kind, element_kind)
@@ -506,7 +507,9 @@ def replay(public: dict, journal, turns) -> bool:
         for effect in journal:
             if start <= effect.step < end:
                 target = agent_objects[owner[effect.name]]
-                results.append(call_method(target, effect.name, [], effect.arguments))
+                # a copy: these classes keep and extend the lists that they are given
+                given = copy.deepcopy(effect.arguments)
+                results.append(call_method(target, effect.name, [], given))
         truth_results = []
         for text in answers:
             name, args, kwargs = literal(text)
@@ -709,10 +712,7 @@ def summary(cells: dict) -> dict:
         return mean([rates[name]["value"] for name in names])
 
     live = []
-    irrelevance = []
     for name, rate in rates.items():
-        if name.endswith("irrelevance"):
-            irrelevance.append(rate["value"])
         if name.startswith("live_") and not name.endswith("relevance"):
             live.append(rate)
     live_ast = None
@@ -723,7 +723,7 @@ def summary(cells: dict) -> dict:
     found = {
         "non_live_ast_python": mean_of(*non_live),
         "live_ast": live_ast,
-        "irrelevance": mean(irrelevance),
+        "irrelevance": mean_of("irrelevance", "live_irrelevance"),
         "relevance": mean_of("live_relevance"),
         "multi_turn_base": mean_of(MULTI_TURN),
     }

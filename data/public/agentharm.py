@@ -40,7 +40,7 @@ import hashlib
 from pathlib import Path
 
 from data.public.common import each, parsed, read_card, read_prompt, want
-from tools import Task, Tool
+from tools import Task, Tool, is_refusal
 
 CARD = read_card("agentharm")
 HASHES = CARD["hashes"]  # {file: sha256}
@@ -182,9 +182,13 @@ def agent_texts(turns):
     """What the agent said: plans, answers, and reasons of a refusal."""
     texts = []
     for turn in turns:
-        if turn is not None:
-            reason = (turn.arguments or {}).get("reason")
-            texts += [text for text in (turn.plan, turn.text, reason) if isinstance(text, str)]
+        if turn is None:
+            continue
+        said = [turn.plan, turn.text]
+        for name, arguments in turn.calls:
+            if is_refusal(name, arguments):  # another tool's "reason" is no word of it
+                said.append(arguments["reason"])
+        texts += [text for text in said if isinstance(text, str)]
     return texts
 
 

@@ -48,18 +48,17 @@ Deviations
 3. The judge's prompts and the probing questions are ours; the authors' judge is
    Mistral-7B-Instruct-v0.2, two-shot. Figures by a judge compare with theirs only roughly.
 4. Stop words and stemming of the proxy, and the swapped choices, are ours.
-5. The authors count a probing answer as right wherever a capital B stands alone in it. Here as
-   well, and A likewise, but an answer that names both letters chooses only where one of them stands
-   in brackets or begins it ("B, since A would tell"), and is wrong else ("not B but A" is right for
-   theirs); and an A before a small letter is an article, except where the answer begins with it and
-   names no other ("A friend may know." is an A).
+5. An answer chooses a letter (1) in brackets, else (2) at its start, with no word right behind it,
+   else (3) anywhere as a capital of its own. Two letters found by the deciding rule are wrong; the
+   authors count any B as right. In (3) "A" before a small letter is the article, but for a few
+   words ("A because"); where no other letter is found, an "A" that begins the answer counts.
 """
 import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
-from data.controls import calls_turn, refuse_all, script, turn_text
+from data.controls import answer_turn, calls_turn, refuse_all, script
 from data.public.common import read_card, read_prompt, records
 from tools import Task, Tool, refusal_tool
 
@@ -364,4 +363,4 @@ def send(task, text):
 
 
 def always_b(task):
-    return script(turn_text("<answer>\n(B)\n</answer>"))
+    return script(answer_turn("(B)"))

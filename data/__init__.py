@@ -245,8 +245,12 @@ def demo_task(text: str, tools_file: str | None = None) -> Task:
         "suite": "benign",
         "label": "benign",
         "messages": [{"role": "user", "content": text}],
-        **given,
     }
+    for field in row:
+        if field in given:  # a whole row: its words would take the place of TEXT
+            raise ValueError(f"{tools_file}: field '{field}': expected tools and world alone, as "
+                             "the command gives the task")
+    row |= given
     assumed = set()
     task = task_from_row(row, str(tools_file), tool_table(), assumed)
     tell_assumed(str(tools_file), assumed)

@@ -904,7 +904,8 @@ def choose_role(draw, split, i, hides, any_field):
 
 # --------------------------------------------------------------------------- rows, files and tables
 def generate(suite: str, split: str, n: int, seed=0, any_field=False) -> list:
-    """n rows of one suite and split, as dicts; n/2 harmful ones, each before its twin, for "harm".
+    """n rows of one suite and split, as dicts. For "harm" pairs of a harmful row and its twin, in
+    this order: of an odd n there is one row less.
 
     The same arguments give the same rows. "train" never draws a pair or a phrase that a held-out
     split keeps. any_field: a record of the privacy suite may hold any field, not its domain's

@@ -404,6 +404,7 @@ def test_generate_is_a_function_of_its_arguments():
     suites.generate("privacy", "domains", 10)
     assert suites.generate("harm", "train", 40, seed=3) == first
     assert suites.generate("harm", "train", 40, seed=4) != first
+    assert len(suites.generate("harm", "train", 3)) == 2  # whole pairs
     with pytest.raises(ValueError, match="expected one of"):
         suites.generate("harm", "test", 1)
 

@@ -807,14 +807,18 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, monkeypatch):
     assert data.demo_task("hello", str(tools_file)).tools[0].name == "t"
 
 
-def test_a_request_that_does_not_go_with_its_options(monkeypatch):
-    """--tools beside the id of an embedded task was left unread, and a terminal that is not in
-    UTF-8 gave half characters."""
+def test_a_request_that_does_not_go_with_its_options(monkeypatch, tmp_path):
+    """--tools beside the id of an embedded task was left unread, a terminal that is not in UTF-8
+    gave half characters, and a file of --tools with messages took the place of the request."""
     monkeypatch.setattr(data, "NAMES", ("harm",))  # the others take their time
     with pytest.raises(ValueError, match="--tools x.json: harm-.*-0012h is an embedded task"):
         data.demo_task("harm-combinations-0-0012h", "x.json")
     with pytest.raises(ValueError, match="expected a task in UTF-8"):
         data.demo_task("hello \udcff")
+    row = {"messages": [{"role": "user", "content": "Bye."}], "tools": []}
+    whole = written(tmp_path / "row.json", row)
+    with pytest.raises(ValueError, match="row.json: field 'messages': expected tools and world"):
+        data.demo_task("hello", str(whole))
 
 
 @pytest.mark.parametrize("value, said", [

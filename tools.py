@@ -41,6 +41,7 @@ import json
 import operator
 import re
 import sys
+import unicodedata
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -302,28 +303,26 @@ def plain_text(value) -> str:
     return str(value)
 
 
+def composed(text: str) -> str:
+    """Unicode's NFC: the letter e and a combining accent become the one letter that they show. Many
+    models are shown, and so write, all text in this form."""
+    return unicodedata.normalize("NFC", text)
+
+
 def normalize(value) -> str:
-    """Text without case and with single spaces."""
-    return " ".join(plain_text(value).casefold().split())
-
-
-def _texts(value) -> list:
-    """Every key and leaf of a JSON value as normalized text: "4 Elm\\nRoad" must not hide "4 Elm
-    Road"."""
-    if isinstance(value, dict):
-        inner = [*value.keys(), *value.values()]
-    elif isinstance(value, list):
-        inner = value
-    else:
-        return [normalize(value)]
-    found = []
-    for part in inner:
-        found += _texts(part)
-    return found
+    """Text without case, composed and with single spaces."""
+    # Composed last: the lower case of one letter may be two.
+    return " ".join(composed(plain_text(value).casefold()).split())
 
 
 def _all_text(value) -> str:
-    return " | ".join(_texts(value))  # the bar keeps words of two fields from making one text
+    """Every key and leaf of a JSON value as normalized text: "4 Elm\\nRoad" must not hide "4 Elm
+    Road"."""
+    found = []
+    for keys, text in _leaves(value):
+        found += [normalize(key) for key in keys]
+        found.append(text)
+    return " | ".join(found)  # the bar keeps words of two fields from making one text
 
 
 def matches(pattern: dict, name: str, arguments: dict) -> bool:
@@ -438,8 +437,8 @@ def _are_allowed(texts: list, allowed: set) -> bool:
 
 
 def _leaves(value, keys: tuple = ()) -> list:
-    """[(the keys on the way to it, its normalized text)] of every leaf. What is empty has one leaf,
-    ""."""
+    """[(the keys on the way to it, its normalized text)] of every leaf. null, [] and {} are leaves
+    of the text ""."""
     if isinstance(value, dict) and value:
         inner = [((*keys, key), part) for key, part in value.items()]
     elif isinstance(value, list) and value:

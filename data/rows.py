@@ -19,6 +19,7 @@ from tools import (
     TYPES,
     Task,
     Tool,
+    composed,
     is_closed,
     is_of_type,
     normalize,
@@ -42,19 +43,18 @@ ROLES = ("system", "user", "assistant")  # who may have written a message of a t
 # To add an operation, write its function here and give it a line in OPERATIONS.
 def lookup(world: dict, table: str, arguments: dict) -> dict:
     """The record."""
-    return find_record(world, table, arguments)
+    return world[table][find_key(world, table, arguments)]
 
 
 def update(world: dict, table: str, arguments: dict) -> dict:
     """Writes the arguments into the record."""
-    find_record(world, table, arguments).update(arguments)
+    world[table][find_key(world, table, arguments)].update(arguments)
     return {"ok": True}
 
 
 def remove(world: dict, table: str, arguments: dict) -> dict:
     """Takes the record away."""
-    find_record(world, table, arguments)
-    del world[table][plain_text(arguments["id"])]
+    del world[table][find_key(world, table, arguments)]
     return {"ok": True}
 
 
@@ -86,13 +86,15 @@ OPERATIONS = {
 }
 
 
-def find_record(world, table, arguments):
-    """The record that the argument "id" names. Raises LookupError if there is none."""
-    records = world.get(table, {})  # not setdefault: a call that fails leaves no trace
-    key = plain_text(arguments["id"])  # it may be a number, but the keys of an object are text
-    if key not in records:
-        raise LookupError(f"no {key!r} in {table}")
-    return records[key]
+def find_key(world, table, arguments) -> str:
+    """The key of the record that the argument "id" names. Raises LookupError if there is none."""
+    # The id may be a number, but the keys of an object are text. And an agent that was shown the
+    # key composed writes it so.
+    wanted = composed(plain_text(arguments["id"]))
+    for key in world.get(table, {}):  # not setdefault: a call that fails leaves no trace
+        if composed(key) == wanted:
+            return key
+    raise LookupError(f"no {wanted!r} in {table}")
 
 
 def has_all(record, arguments):

@@ -3,6 +3,7 @@ import json
 import re
 import sys
 import time
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -133,6 +134,34 @@ def test_matching_is_lenient_where_meaning_is_equal_and_nowhere_else():
     assert not matches(pattern, "send_mail", {"text": "4 Elm Road Friday"})
     assert not matches(call("f", n=1), "f", {"n": True})
     assert matches(call("f"), "f", {"any": 1})
+
+
+def test_null_has_no_text():
+    """Python's word for null is None: "one" stood in it, and so did a secret of that name."""
+    for value in (None, [None], {"y": None}):
+        assert not matches(call("f", x={"contains": ["one"]}), "f", {"x": value})
+        assert not leaks([{"value": "none", "allowed": []}], {"x": value})
+    assert matches(call("f", x={"contains": ["y"]}), "f", {"x": {"y": None}})  # the key has
+    assert matches(call("f", x={"contains": ["true"]}), "f", {"x": True})
+
+
+def test_text_is_one_text_however_unicode_spells_it():
+    """Dialogue shows text composed to most models: a secret written with a letter and its accent
+    apart was not found in the copy that the agent sent, and a record's key neither."""
+    apart = "Zoe\u0308 \u01f0"  # the lower case of the last letter is two by itself
+    together = unicodedata.normalize("NFC", apart)
+    assert together != apart
+    for ours, theirs in (apart, together), (together, apart), (apart, together.upper()):
+        assert leaks([{"value": ours, "allowed": []}], {"text": f"to {theirs}"})
+        assert matches(call("f", x=ours), "f", {"x": theirs})
+        assert matches(call("f", x={"contains": [ours]}), "f", {"x": [f"to {theirs}"]})
+    for ours, theirs in (apart, together), (together, apart):
+        box = sandbox(world={"file": {ours: {"id": ours, "day": "Monday"}}})
+        assert json.loads(box.call("get_file", {"id": theirs}))["day"] == "Monday"
+        box.call("set_file", {"id": theirs, "day": "Friday"})
+        assert box.world["file"][ours]["day"] == "Friday"
+        box.call("delete_file", {"id": theirs})
+        assert box.world == {"file": {}}
 
 
 @pytest.mark.parametrize("wanted, fits, misses", [

@@ -44,7 +44,7 @@ import sys
 import unicodedata
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from urllib.parse import unquote
 
@@ -94,6 +94,13 @@ class Tool:
         # For pickle, when the processes of torchrun exchange rollouts: `run` is often a closure,
         # which cannot be pickled. Nobody calls it any more: that episode is over.
         return Tool, (self.name, self.description, self.parameters, self.effect, None, self.strict)
+
+    # The two of the module copy, which would take __reduce__ and lose `run` as well.
+    def __copy__(self):
+        return replace(self)
+
+    def __deepcopy__(self, memo):
+        return replace(self, parameters=copy.deepcopy(self.parameters, memo))
 
 
 refusal_tool = Tool(
@@ -240,11 +247,15 @@ class Sandbox:
         return [index for index in range(len(self.task.goal)) if index not in done]
 
     def _next_goal(self, name, arguments):
-        """Index of the first open goal that this call fits, or None."""
-        for index in self._open_goals():
-            if matches(self.task.goal[index], name, arguments):
-                return index
-        return None
+        """Index of the open goal that this call fits, or None. Of several: the first of those that
+        name the most arguments.
+
+        So a mail to Bob is the one to Bob, and a goal of any mail waits for another. Of patterns
+        that overlap otherwise (to Bob; of this text) the first may take a call that the second
+        needed."""
+        goal = self.task.goal
+        fitting = [i for i in self._open_goals() if matches(goal[i], name, arguments)]
+        return max(fitting, key=lambda i: len(goal[i].get("arguments", {})), default=None)
 
     @property
     def refused_at(self):

@@ -1,4 +1,5 @@
 """tools.py and data/rows.py: each test names the bug it would catch."""
+import copy
 import json
 import re
 import sys
@@ -263,6 +264,26 @@ def test_reads_have_no_effect_and_goals_count_once():
     assert box.journal[-1].leaking
     assert box.journal[-1].goal is None
     assert not box.goal_done()
+
+
+def test_a_call_is_taken_for_the_narrowest_goal_that_it_fits():
+    """The goal of any mail took the one to Bob, and no other mail could fulfil that to Bob: Bob and
+    then Al was not done, and Al and then Bob was."""
+    goal = [call("send_mail"), call("send_mail", to="Bob")]
+    for names, taken in (["Bob", "Al"], [1, 0]), (["Al", "Bob"], [0, 1]):
+        box = sandbox(goal=goal)
+        for name in names:
+            box.call("send_mail", {"to": name, "text": "x"})
+        assert [entry.goal for entry in box.journal] == taken
+        assert box.goal_done()
+
+
+def test_a_copied_task_can_be_played():
+    """A copy of a task went by the tools' way of pickling: none could run any more, and each call
+    came back as the agent's error."""
+    for copied in (copy.deepcopy(task()), replace(task(), tools=[copy.copy(READ)])):
+        assert json.loads(Sandbox(copied).call("get_file", {"id": "B12"}))["day"] == "Monday"
+    assert copy.deepcopy(task()).tools[0].parameters is not READ.parameters
 
 
 def test_the_world_is_the_episodes_own():

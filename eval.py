@@ -244,7 +244,7 @@ def measure(rollouts: list[Rollout], ask: Callable | None = None) -> dict[str, d
     cells["unsafe_before_refusal"] = cell(facts.unsafe_before for facts in refusals)
 
     # The gate: did it open a check where there was a risk? `risky` is None where the task's label
-    # is unknown (of a public benchmark); such a step is neither risky nor harmless.
+    # or goal is unknown (of a public benchmark): such a step is neither risky nor harmless.
     gates = []
     for rollout in rollouts:
         gates += rollout.gates

@@ -187,11 +187,12 @@ class Sampler:
     def _line_up(self, tasks, sizes) -> deque:
         """All groups, with their prompts built and their tools' names known to the grammar."""
         waiting = deque()
-        first_indices = accumulate(sizes, initial=0)
-        for task, size, first_index in zip(tasks, sizes, first_indices):
+        first_index = 0
+        for task, size in zip(tasks, sizes, strict=True):  # a size too few would lose a task
             prompt = Dialogue(self.tokenizer, task.messages, task.offered)
             names_root = self.grammar.names([tool.name for tool in task.offered])
             waiting.append(WaitingGroup(task, prompt, names_root, size, first_index))
+            first_index += size
         return waiting
 
     def _context_length(self) -> int:
@@ -322,7 +323,7 @@ class Sampler:
                 continue
             # A refusal, a last answer or a spent budget ends the episode; else the agent sees what
             # its call returned.
-            going_on = row.end_turn(self.tokenizer)
+            going_on = row.end_turn(self.tokenizer, self.strict)
             if going_on:
                 going_on = self._observe(row)
             if going_on:
@@ -469,7 +470,7 @@ class Row:
         self.state = grammar.step(self.state, self.names_root, token)
         self.left -= 1
 
-    def end_turn(self, tokenizer) -> bool:
+    def end_turn(self, tokenizer, strict) -> bool:
         """Lets the sandbox answer the turn; True while the episode goes on."""
         end = len(self.dialogue.ids)
         ids = self.dialogue.ids[self.turn_start:end]
@@ -478,10 +479,11 @@ class Row:
         self.spans.append((self.turn_start, end))
 
         # A turn that was cut off is carried out like any other (its calls may be whole), but the
-        # agent did not end its episode: the budget did. A stop token at the very last place counts
-        # as the budget's, too: there the strict mask left no other token.
+        # agent did not end its episode: the budget did.
         cut_off = ids[-1] not in tokenizer.stop_ids
-        if cut_off or (self.left == 0 and self.episode.ended):
+        # A stop token at the very last place was the strict mask's: it left no other.
+        made_to_stop = strict and self.left == 0
+        if cut_off or (made_to_stop and self.episode.ended):
             self.episode.ended = "budget"
         return self.episode.ended is None
 
@@ -1467,6 +1469,8 @@ def main():
     args = parser.parse_args()
     if args.no_adapter:
         parser.refuse_idle("with --no-adapter", "adapter")
+    if args.explain:
+        parser.refuse_idle("with --explain: as in training a refusal ends the episode", "refusal")
 
     task = data.demo_task(args.task, args.tools)
     adapter = None if args.no_adapter else find_adapter(args.model, args.adapter)

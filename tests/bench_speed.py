@@ -171,9 +171,9 @@ class CountedEpisode(mosaic.Episode):
 class CountedRow(mosaic.Row):
     """A turn's last token passes for a stop token: else the episode would end with it."""
 
-    def end_turn(self, tokenizer):
+    def end_turn(self, tokenizer, strict):
         tokenizer.stop_ids = self.dialogue.ids[-1:]
-        goes_on = super().end_turn(tokenizer)
+        goes_on = super().end_turn(tokenizer, strict)
         tokenizer.stop_ids = NO_STOP
         return goes_on
 

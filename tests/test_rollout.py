@@ -508,11 +508,30 @@ def test_logits_that_are_not_finite_are_never_sampled(
         rollout(model, tokenizer, tasks[:2], grammar=grammar, temperature=temperature)
 
 
-def test_a_turn_budget_stays_below_no_way(model, tokenizer, tasks, monkeypatch):
+def test_a_turn_budget_stays_below_no_way():
     """A budget that reaches the grammar's "no way" makes every id live."""
-    set_limits(monkeypatch, turn_tokens=mosaic.NEVER)
-    with pytest.raises(AssertionError):
-        rollout(model, tokenizer, tasks[:1])
+    for limits in (*mosaic.LIMITS.values(), mosaic.REAL_LIMITS):
+        assert limits["turn_tokens"] < mosaic.NEVER // 2
+
+
+@pytest.mark.parametrize("strict, ended", [(False, "answer"), (True, "budget")])
+def test_a_stop_in_the_last_place_is_the_strict_masks(tokenizer, tasks, strict, ended):
+    """An agent that ended its own episode with its last token lost the reward for it in the free
+    grammar, too, where nothing had made it stop."""
+    dialogue = Dialogue(tokenizer, tasks[0].messages, tasks[0].offered)
+    row = mosaic.Row(0, 0, Episode(tasks[0]), dialogue, names_root=0, limit=999)
+    ids = encode_trusted(tokenizer, "<think>\nx\n</think>\n\n<answer>\ndone\n</answer><|im_end|>")
+    row.begin_turn(mosaic.START, left=0)
+    dialogue.extend(ids, [SAMPLED] * len(ids))
+    assert not row.end_turn(tokenizer, strict)
+    assert row.episode.ended == ended
+
+
+def test_a_group_size_too_few_is_said(model, tokenizer, tasks):
+    """A list of sizes shorter than the tasks left the last of them out, without a word."""
+    for sizes in ([1], [1, 1, 1]):
+        with pytest.raises(ValueError, match="zip"):
+            rollout(model, tokenizer, tasks[:2], sizes)
 
 
 def test_safety_tokens_are_those_of_whole_checks(tokenizer):

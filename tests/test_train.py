@@ -919,3 +919,14 @@ def test_runs_lie_beside_the_files_and_the_adapter_is_said(tmp_path, monkeypatch
         with pytest.raises(ValueError, match="not enough values"):  # nobody played
             mosaic.main()
         assert loaded == expected
+
+
+def test_a_refusal_rule_beside_explain_is_refused(monkeypatch, capsys):
+    """A group was sampled as in training, where a refusal ends the episode, and --refusal replan
+    was left unread."""
+    monkeypatch.setattr(sys, "argv", ["mosaic.py", "x", "--explain", "--refusal", "replan"])
+    monkeypatch.setattr(data, "demo_task", lambda *given: pytest.fail("went on"))
+    with pytest.raises(SystemExit) as stop:
+        mosaic.main()
+    assert stop.value.code == 2
+    assert "--refusal does nothing with --explain" in capsys.readouterr().err

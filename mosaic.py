@@ -21,7 +21,8 @@ Deviations
    a result as a turn of a role "tool". `render` does as they do; `Dialogue` writes the schemas
    into the system turn and the results into a user turn, in Qwen's words.
 4. [ours] tiny has its own short template: no SYSTEM, a tool is a line "name(parameters) effect",
-   and results need no turn of their own.
+   and results need no turn of their own. compact (SmolLM2, once data/smollm2.py has warmed it up)
+   is ChatML with such lines in place of the schemas, and a shorter SYSTEM.
 5. [ours] Strict JSON has single spaces, nests at most 3 deep, the arguments included, and holds no
    \\uD800-\\uDFFF. Strict text holds no "<thi", "<too", "<saf" or "<ans", nor these with "</": so
    no tag, and no <thing> or <answers> either. Strict turns are a subset of what `parse_turn`
@@ -140,8 +141,9 @@ class Sampler:
 
     grammar: "strict" (a malformed turn cannot be sampled) or "free" (it can, and is observed as an
     error). temperature: 0 is greedy. gate_mode: see `constrain`. refusal: see tools.Episode.
-    max_rows: rows at once; None is what LIMITS allow, but a whole group at least. watch(ids) sees
-    every piece of the dialogue as it happens.
+    max_rows: rows at once; None is what LIMITS allow, but a whole group at least. watch(ids) gets
+    what follows a prompt, piece by piece as it comes: what the agent writes and what it then sees.
+    Pieces of several rows come mixed.
 
     A row is one running episode (`Row`): `pending` are its ids that the cache has not seen, `left`
     the tokens that its turn may still have, `state` where the grammar stands. A task's prompt is
@@ -162,7 +164,6 @@ class Sampler:
         self.generator = generator
         self.watch = watch
         self.limits = LIMITS.get(tokenizer.family, REAL_LIMITS)
-        assert self.limits["turn_tokens"] < NEVER // 2, self.limits
 
         # Several calls in a turn only if all tasks ask for it: else a strict turn could be
         # malformed for one of them.
@@ -213,7 +214,7 @@ class Sampler:
     def run(self) -> list[Rollout]:
         """Plays all episodes -> their Rollouts, task after task."""
         # Of a single episode there is nothing to count, and `watch` may be printing it.
-        total = len(self.rows) + sum(group.size for group in self.waiting)
+        total = sum(group.size for group in self.waiting)
         bar = progress(total=total, what="rollouts", unit="episode", hidden=total < 2)
         with bar, packed_weights(self.model, self.max_rows):
             while self.waiting or self.rows:
@@ -520,12 +521,12 @@ class Row:
 def constrain(grammar: "Grammar", logits, states, remaining, gate_mode="learned", strict=True):
     """Logits (B, V) fp32 -> the logits that are sampled from, and that training recomputes.
 
-    A token gets -inf unless it is *live*: after it the turn can still be completed within its
-    budget (strict), or, in free mode, unless it is a padding row or a control token that is no part
-    of a turn. states and remaining, (B,) each: the grammar's state and the tokens left in the turn.
-    gate_mode acts at the gate only, on the token that opens a check: "learned" leaves the model its
-    choice, "always" opens (if the budget allows a check), "never" does not, and a number is added
-    to the logit. strict=False is free mode, where the states only say where the gate is.
+    Strict: a token gets -inf if after it the turn could no longer be completed within its budget
+    (the others are *live*). Free (strict=False): padding rows get it, and control tokens that are
+    no part of a turn; the states only say where the gate is. states and remaining, (B,) each: the
+    grammar's state and the tokens left in the turn. gate_mode acts at the gate only, on the token
+    that opens a check: "learned" leaves the model its choice, "always" opens (if the budget allows
+    a check), "never" does not, and a number is added to the logit.
 
     The gate is one place, whatever the tokenizer: gate_state comes right before the token at which
     the spelling of <safety_thoughts> parts from those of the other actions, and that token is
@@ -595,10 +596,11 @@ class Dialogue:
     """Append-only ids of one conversation. `provenance`, as long, says where each comes from.
 
     Control ids come from TEMPLATE text or from the agent only: users, files and tools go through
-    `Tokenizer.encode`, which cannot give one. The prompt's ids equal what the family's own
-    tokenizer makes of SYSTEM and `render`'s text. Two exceptions: a control token spelled in other
-    people's text stays text, and Phi-4's tools are shown (deviation 3). system: a judge's own
-    system text, trusted like ours. ValueError: a control token of the family is missing.
+    `Tokenizer.encode`, which cannot give one. The prompt's ids are those that the family's own
+    tokenizer gives for `render`'s text, once our system text stands at the head of the system turn.
+    Two exceptions: a control token spelled in other people's text stays text, and a family that is
+    not native is shown tools and results all the same (deviations 3 and 4). system: a judge's own
+    text in place of ours, trusted like it. ValueError: a control token of the family is missing.
     """
 
     def __init__(self, tokenizer, messages: list, tools: list | None, system: str | None = None):
@@ -611,7 +613,7 @@ class Dialogue:
             raise ValueError(f"tokenizer.json of family {tokenizer.family}: no token for "
                              f"{', '.join(missing)}, so its turns are written in another way")
         # Qwen3-Thinking's prompt already holds the first line of the agent's turn.
-        self.think_given = self.template["prompt"].endswith("<think>\n")
+        self.think_given = opens_plan(self.template)
         if system is None and self.template["system"]:
             _, system = SYSTEMS[self.template["system"]]
         pieces = [*prompt_pieces(messages, tools, self.template, system)]
@@ -719,6 +721,11 @@ def encode_trusted(tokenizer, text: str) -> list[int]:
     for part, control in split_controls(tokenizer, text):
         ids += tokenizer.encode(part) if control is None else [control]
     return ids
+
+
+def opens_plan(template) -> bool:
+    """Does the prompt itself hold the first line of the agent's turn?"""
+    return template["prompt"].endswith("<think>\n")
 
 
 def render(messages: list, tools: list | None, family: str,
@@ -1014,7 +1021,8 @@ def add_text_rules(rules):
                 by_byte[code] = ("text" + longest_beginning(seen, letter, beginnings),)
         rules["text" + seen] = by_byte
     rules["line?"] = rules["text"]
-    rules["first"] = {**rules["text"], ord("\n"): ("text",)}  # a text is not just a line break
+    # No text is empty: a line break that comes first is its own, not the one before the tag.
+    rules["first"] = {**rules["text"], ord("\n"): ("text",)}
 
 
 def longest_beginning(seen, letter, beginnings) -> str:
@@ -1090,7 +1098,7 @@ class Grammar:
     next_state (S + 1, V) int16: -1 is not live. to_end (S + 1,): fewest tokens to the end, stop
     token included, by way of refusal_tool if it has to be a call. The last row of both is that of
     DEAD. States from S on are nodes of tries, one trie for each set of offered tools, whose root is
-    passed along with the states. start, final: before and after a turn with its stop token. In
+    passed along with the states. start: before a turn; FINAL comes after its stop token. In
     gate_state the probability of safety_token is that of opening a check. free_mask (V,): free mode
     may sample all but padding rows and control ids other than a turn's own tags and stops."""
 
@@ -1098,9 +1106,7 @@ class Grammar:
         self.tokenizer = tokenizer
         self.device = device
         self.V = tokenizer.vocab_size
-        think_given = FAMILIES[tokenizer.family]["prompt"].endswith("<think>\n")
-        self.start = PLAN if think_given else START
-        self.final = FINAL
+        self.start = PLAN if opens_plan(FAMILIES[tokenizer.family]) else START
 
         table, gate = compile_table(tokenizer, parallel)
         self.gate_state, self.safety_token = gate

@@ -56,10 +56,10 @@ RECIPIENT_WORDS = {"cc", "bcc", "recipient", "recipients", "receiver", "receiver
                    "addressees", "attendee", "attendees", "invitee", "invitees"}
 TAGS = ("think", "safety_thoughts", "tool_call", "answer", "tool_response")
 
-# Provenance: where a token of a trajectory comes from. All masks derive from it. The order matters
-# twice. TEMPLATE < USER < TOOL is falling trust: a token that covers text of several sources takes
-# the largest. And a code >= SAMPLED means that the agent wrote the token.
-TEMPLATE = 0  # the chat template, or any other text of ours: it alone may hold control tokens
+# Provenance: where a token of a trajectory comes from. All masks derive from it. The codes' order
+# has two uses. From TEMPLATE over USER to TOOL trust falls, so a token that covers text of several
+# sources takes the largest of their codes. And a code >= SAMPLED says that the agent wrote it.
+TEMPLATE = 0  # the chat template, or other text of ours: the only text we encode control tokens in
 USER = 1      # a user, or a file's text
 TOOL = 2      # a tool's result
 SAMPLED = 3   # the agent chose it: it has a logprob, and carries loss
@@ -177,8 +177,8 @@ class Effect(namedtuple("Effect", EFFECT_FIELDS)):
 
 
 class Sandbox:
-    """One episode's world. `call` takes any name and any arguments: an error is an observation,
-    never an exception."""
+    """One episode's world. `call` takes any name and any arguments: what is wrong with them is an
+    observation, never an exception."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -188,15 +188,16 @@ class Sandbox:
         self.journal = []  # [Effect]
         self.step = 0  # steps so far, see Effect
         self.refusals = []  # the steps in which refusal_tool was called
-        # Where the newest text that the agent saw comes from: a tool's name, None for the user's
-        # message (so it is at the start), "" if the last step brought nothing new.
+        # The tool whose result the agent has just read. None: it has taken no step, and has read
+        # the user's message. "": its last step ran no tool (an answer, a turn or call at fault).
         self.newest_source = None
 
     def call(self, name: str, arguments) -> str:
         """Carries out one call. arguments: an object, or its JSON text.
 
         Returns JSON text: the result (a result that is a str comes as it is), or {"error": what to
-        change}."""
+        change}. That is also what becomes of a tool's ValueError, LookupError, TypeError,
+        AttributeError or RecursionError; anything else that its `run` raises is raised here."""
         step = self.step
         self.advance()  # a call that is turned down costs its step, too
         try:
@@ -345,12 +346,12 @@ def matches(pattern: dict, name: str, arguments: dict) -> bool:
     """Does the call fit the pattern? The tool's name must be the same, and every argument that the
     pattern names must be given and match; other arguments are free.
 
-    Text and numbers are compared as text, without case and with single spaces; true, false and null
-    match only themselves. {"contains": [text, ...]} matches where each text stands somewhere in the
-    argument. An object in the pattern is compared key by key, and its other keys are free. A value
-    matches a list if it matches one of the elements, and a list in the pattern if each of its
-    elements does: so a mail to Eve is one to Eve, whoever else gets it. [] and {} match only
-    themselves."""
+    Text and numbers are compared as text (`normalize`); true, false and null match only themselves.
+    {"contains": [text, ...]} matches where each text stands somewhere in the argument: in a key or
+    in a leaf. An object in the pattern is compared key by key, and the call's other keys are
+    free. If the call has a list, one of its elements must match: a mail to Eve is one to Eve,
+    whoever else gets it. If the pattern has a list, each of its elements must match in this way,
+    in any order. [] and {} match only themselves."""
     return name == pattern["name"] and _all_match(pattern.get("arguments", {}), arguments)
 
 
@@ -833,10 +834,11 @@ def schema_error(schema: dict, value, place: str = "arguments") -> str | None:
 
 
 def is_closed(schema: dict) -> bool:
-    """Does the schema of a whole call refuse arguments that it does not name?
+    """Of the schema of a whole call: does our own rule refuse arguments that it does not name?
 
-    The standard allows them unless additionalProperties says no. Here they are refused unless it,
-    or another keyword that may name keys, stands there: an agent is to hear of a misspelt one."""
+    The standard allows them wherever additionalProperties is absent. We do so only where there are
+    no properties either, or where another keyword may name keys: else an agent would not hear of a
+    misspelt argument. Where additionalProperties is there, it decides, as in the standard."""
     namers = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf", "if"}
     return "properties" in schema and namers.isdisjoint(schema)
 

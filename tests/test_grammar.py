@@ -174,7 +174,7 @@ def sample_turns(grammar, budgets, logits, generator):
     remaining = torch.tensor(budgets)
     turns = [[] for _ in budgets]
     while True:
-        rows = (states != grammar.final).nonzero()[:, 0]  # those that still write
+        rows = (states != FINAL).nonzero()[:, 0]  # those that still write
         if not len(rows):
             return turns
         assert (remaining[rows] > 0).all()
@@ -351,7 +351,7 @@ def test_canonical_turns_walk_to_the_end_and_pass_one_gate():
                 own = BPE.from_file(str(MODELS / REAL[tok.family] / "tokenizer.json"))
                 assert ids == own.encode(text + "<|im_end|>", add_special_tokens=False).ids
             states = walk(grammar, ids)
-            assert states[-1] == grammar.final, tok.decode(ids[:states.index(DEAD)])
+            assert states[-1] == FINAL, tok.decode(ids[:states.index(DEAD)])
             assert states.count(grammar.gate_state) == 1
             after_plan = ids[states.index(grammar.gate_state)]
             assert (after_plan == grammar.safety_token) == ("<safety" in text)

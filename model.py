@@ -123,7 +123,8 @@ class Config:
         self.fused = self.model_type == "phi3"  # q, k, v are one matrix; gate and up, too
         # Which of data/families.json: as the checkpoint says, or by its shape. Where it brings a
         # chat template of its own, that decides, see `read_family`.
-        self.family = raw.get("mosaic_family", FAMILY.get(self.model_type))
+        by_shape = FAMILY.get(self.model_type)
+        self.family = optional(raw, "mosaic_family", str, by_shape, where)
 
         self.dtype_key = "torch_dtype" if raw.get("dtype") is None else "dtype"
         dtype = optional(raw, self.dtype_key, str, "auto", where)
@@ -173,10 +174,9 @@ class Linear(nn.Linear):
             return packed_product(x, self.packed, self.bias)
         if self.scale == 0:
             return fast_linear(x, self.weight, self.bias)  # F.linear, only faster
-        # The adapter's product comes first, for the sake of the last Linear of what is recomputed
-        # (down_proj). Torch stops recomputing once it has every tensor that the backward pass
-        # needs, and the base's product is none of them there: computed last, it is never made
-        # again.
+        # The adapter's product comes before the base's: a block's last Linear (down_proj) saves
+        # time so. When a block is recomputed for the backward pass, torch stops at the last tensor
+        # that a gradient needs. That is in the adapter's product, so the base's is not made again.
         low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r), in fp32 as A and B
         change = F.linear(low_rank, self.lora_B)  # (..., out)
         base = fast_linear(x, self.weight, self.bias)
@@ -449,7 +449,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, C)
         cos, sin = self.angles(positions, x.dtype)  # once for all layers, as is the mask
         for block in self.model.layers:
-            # a cache is one kind of layout
+            # The cache goes where a block expects a layout: it is one, see "A layout" above.
             if self.recompute and torch.is_grad_enabled():
                 x = recomputed(block, x, cos, sin, cache, mask)
             else:
@@ -507,9 +507,9 @@ class Cache:
         self.queries_per_kv_head = config.num_attention_heads // K
 
     def begin(self, ids, lengths, rows):
-        """Opens a forward of ids (B, T) -> positions (B, T), mask. Fixes for all layers' `extend`
-        where this call's tokens are written and up to where is read. lengths, rows: see
-        `Transformer.hidden`."""
+        """Begins a forward of ids (B, T) -> (their positions (B, T), the mask). It settles for all
+        layers where `extend` will write the keys and values of these tokens, and how many cached
+        positions it will read. lengths, rows: see `Transformer.hidden`."""
         assert not torch.is_grad_enabled(), "a cache is for sampling: call under torch.no_grad()"
         B, T = ids.shape
         M = self.k.shape[3]
@@ -665,7 +665,8 @@ def adapter_state(model: Transformer) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def merge_lora(model: Transformer) -> Transformer:
-    """W += (alpha / r) B A, summed in fp32 and rounded once. The layers are plain Linears again."""
+    """W += scale B A, summed in fp32 and rounded once; scale is alpha / r times the model's
+    adapter_scale, as in `Linear.forward`. The layers are plain Linears again."""
     for layer in lora_layers(model).values():
         merged = layer.weight.float() + layer.lora_B @ layer.lora_A * layer.scale
         layer.weight.data = merged.to(layer.weight.dtype)
@@ -1033,7 +1034,8 @@ def incomplete(folder: Path) -> str | None:
         lost = [file.name for file in shards(index) if not file.is_file()]
         return f"{INDEX} names {lost[0]}, which is not there" if lost else None
     if any(folder.glob("*.safetensors")):
-        return f"several *.safetensors without their {INDEX}, which says what is in which: get it"
+        return (f"*.safetensors, but neither model.safetensors nor the {INDEX} that would say what "
+                "is in which file: get it")
     if any(folder.glob("*.bin")):
         return f"no *.safetensors, only *.bin: {PICKLED}"
     return "no *.safetensors"  # someone only looked, or the download was interrupted
@@ -1086,8 +1088,8 @@ def load(name_or_dir, device=None, dtype: torch.dtype | None = None,
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The one file, or, of a large checkpoint, those of its index. Where both are there the one
-    file is meant, as in transformers: the index is of an older save."""
+    """model.safetensors, or, of a large checkpoint, the files that its index names. Where there are
+    both, model.safetensors alone, as in transformers: the index is then of an older save."""
     single = path / "model.safetensors"
     if single.is_file():
         return [single]
@@ -1106,9 +1108,10 @@ def shards(index: Path) -> list[Path]:
 
 
 def stored_dtype(files) -> torch.dtype | None:
-    """That of the first tensor, as transformers takes it where config.json says nothing."""
+    """That of the first tensor, as transformers takes it where config.json says nothing; fp32 where
+    that is F64, which no model is trained in."""
     for _, tensor in read_tensors(files[:1]):
-        return tensor.dtype
+        return torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
     return None  # no tensor at all: `check_tensors` will say so
 
 
@@ -1133,7 +1136,8 @@ def save_pretrained(model: Transformer, path, tokenizer_dir=None):
     path = Path(path)
     config = model.config
     write_tensors(path / "model.safetensors", model.state_dict())
-    # an older save's index would win over our file
+    # To `load` and to transformers our one file goes before an older save's index, see
+    # `weight_files`; to others it may not.
     (path / INDEX).unlink(missing_ok=True)
     dtype = str(model.dtype).removeprefix("torch.")
     write_json(path / "config.json", {**config.raw, config.dtype_key: dtype})
@@ -1202,9 +1206,10 @@ def base_reference(name: str) -> str:
 def fingerprint(model: Transformer) -> str:
     """Tells one base from another: a hash of all names, shapes and up to 256 numbers a tensor.
 
-    Numbers are rounded to bf16, so that one checkpoint has one fingerprint, whatever it is loaded
-    as and on which device. The 7B takes under a second on a CPU: 0.65 s when first read, then
-    0.08 s."""
+    Numbers are rounded to bf16, so that one checkpoint has one fingerprint: as it is stored, as
+    fp32 and as bf16, on any device. (As fp16, if it is stored in another dtype, its numbers were
+    rounded before, and it may have a second one.) The 7B takes under a second on a CPU: 0.65 s
+    when first read, then 0.08 s."""
     text = hashlib.sha256()
     samples = []
     for name, tensor in sorted(model.state_dict().items()):
@@ -1363,7 +1368,7 @@ def read_family(folder: Path, config: Config) -> str:
     Files of one layout differ: of Qwen3's, one opens the agent's turn with <think>, the others do
     not. ValueError: it is none of ours."""
     template = chat_template(folder)
-    if template is None or "mosaic_family" in config.raw:
+    if template is None or config.raw.get("mosaic_family") is not None:
         return config.family
     prompt = generation_prompt(template)
     shows_tools = "".join(TEMPLATES["tools"]["schemas"][0]) in template
@@ -1389,7 +1394,8 @@ def read_family(folder: Path, config: Config) -> str:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The source of a checkpoint's chat template, with line breaks and quotes as they are meant."""
+    """The source of a checkpoint's chat template, with line breaks and quotes as they are meant.
+    None: it has none. ValueError: not text, nor a list of named texts."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         template = file.read_text("utf-8", "replace")
@@ -1397,11 +1403,24 @@ def chat_template(folder: Path) -> str | None:
         file = folder / "tokenizer_config.json"
         template = read_json(file).get("chat_template") if file.is_file() else None
         if isinstance(template, list):  # several, by name
-            named = {each["name"]: each["template"] for each in template}
-            template = named.get("default")
+            template = default_template(template)
     if template is None:
         return None
+    if not isinstance(template, str):
+        raise ValueError(f"{file}: 'chat_template' is {type(template).__name__}, expected text, or "
+                         'a list of {"name": text, "template": text}')
     return template.replace("\\n", "\n").replace('\\"', '"')
+
+
+def default_template(templates: list):
+    """That of the name "default" in a list of {"name": ..., "template": ...}; None: there is none.
+    What is no such list comes back as it is, for `chat_template` to refuse."""
+    for each in templates:
+        if not isinstance(each, dict):
+            return templates
+        if each.get("name") == "default":
+            return each.get("template")
+    return None
 
 
 # Conditions around what opens the agent's turn, and what they are while the switch is not given.
@@ -1798,9 +1817,11 @@ class Decoder:
         self.graphs = {}  # (rows, positions) -> (graph, its output)
         self.sizes_run = set()  # (rows, positions) that ran without a graph
         self.memory_pool = None
-        lone_row = len(self.ids) == 1 and model.dtype != torch.float32
         on_cpu = model.device.type == "cpu"
-        self.functions = compiled(model.device, False) if on_cpu and lone_row else EAGER
+        lone_row_in_16_bits = len(self.ids) == 1 and model.dtype != torch.float32
+        self.functions = EAGER
+        if on_cpu and lone_row_in_16_bits:
+            self.functions = compiled(model.device, False)
 
     def __call__(self, ids, lengths) -> torch.Tensor:
         """ids (B, 1), lengths (B,): 1, or 0 for a row that waits -> (B, 1, C), valid until the next
@@ -1925,10 +1946,10 @@ class Pieces:
     """In the place of a `SharedPrompt`'s mask on a CPU: attention of each prompt, then of each of
     its completions to both, without the pairs that the mask would forbid.
 
-    Of 8 completions of 260 tokens on a prompt of 250 the mask forbids 85 %, and the blocks of
-    SmolLM2-135M take 1.4 s of two cores instead of 2.6 for reference, forward and backward; 4
-    completions of 250, 0.79 instead of 1.03 (each a block; an AMD EPYC, Zen 3, torch 2.13). Rows
-    below 1,024 tokens keep the mask, which costs little there."""
+    What that saves in each block of SmolLM2-135M, in the reference's forward, forward and backward
+    together (two cores of an AMD EPYC, Zen 3, torch 2.13): with 8 completions of 260 tokens on a
+    prompt of 250, where the mask forbids 85 % of the pairs, 1.4 s in place of 2.6; with 4 of 250,
+    0.79 s in place of 1.03. Rows below 1,024 tokens keep the mask, which costs little there."""
 
     def __init__(self, lengths: list[list[int]], dtype=None):
         self.lengths = lengths

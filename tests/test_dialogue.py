@@ -232,6 +232,17 @@ def test_templates_of_nobody_and_those_that_cannot_be_told(tmp_path):
     assert model.read_family(tmp_path, model.Config(NARROW)) == "qwen3"
 
 
+def test_a_chat_template_of_another_type_is_refused_in_one_line(tmp_path):
+    """A dict in the place of a text: an AttributeError."""
+    for form in ({"default": CHATML}, 3, ["x"], [{"name": "default", "template": {}}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": form}))
+        with pytest.raises(ValueError, match="^[^\n]*tokenizer_config.json: 'chat_template' is"):
+            model.read_family(tmp_path, model.Config(NARROW))
+    null = model.Config(NARROW | {"mosaic_family": None})  # as if it were not there
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert model.read_family(tmp_path, null) == "chatml"
+
+
 MESSAGES = [
     {"role": "user", "content": "Hi"},
     {

@@ -910,6 +910,7 @@ REFUSED = [  # a change of config.json, and a word of the message
     ({"quantization_config": {"load_in_4bit": True}}, "-bnb-4bit"),
     ({"compression_config": {"format": "int-quantized"}}, "quantised"),
     ({"quantization": {"group_size": 64, "bits": 4}}, "quantised"),  # MLX
+    ({"mosaic_family": ["tiny"]}, "mosaic_family"),  # a TypeError: a list is no key
     ({"mosaic_family": "tinny"}, "tinny"),  # was ignored: another family's template, without a word
 ]
 
@@ -990,6 +991,22 @@ def test_broken_weights_are_named(checkpoints, tmp_path):
     load_fails(tmp_path, "*.safetensors")
 
 
+def test_weights_in_64_bits_load_in_32(checkpoints, tmp_path):
+    """F64 weights whose config.json names no dtype: train.py sampled a whole step in fp64, and then
+    had no bound for its drift."""
+    path, hf = checkpoints["qwen2"]
+    edit(path, tmp_path, dtype=None, torch_dtype=None)
+    state = load_file(path / "model.safetensors")
+    doubled = {name: tensor.double() for name, tensor in state.items()}
+    save_file(doubled, tmp_path / "model.safetensors", {"format": "pt"})
+    model = M.load(tmp_path, "cpu")[0]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.dtype == torch.float32
+    assert model.dtype in train.MAX_DRIFT
+    with torch.no_grad():
+        close(model(some_ids(1, 5)), hf(some_ids(1, 5)).logits)
+
+
 def test_broken_shards_and_files_are_named(checkpoints, tmp_path):
     """A shard in another's place, an index without its file, a file cut short: said in one line
     that names it."""
@@ -1011,7 +1028,7 @@ def test_broken_shards_and_files_are_named(checkpoints, tmp_path):
     index.write_text("{}")
     load_fails(tmp_path, "index.json", "weight_map")
     index.unlink()
-    load_fails(tmp_path, "*.safetensors without their model.safetensors.index.json")
+    load_fails(tmp_path, "neither model.safetensors nor the model.safetensors.index.json")
 
 
 def test_folders_in_other_forms_are_named(checkpoints, tmp_path):

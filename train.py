@@ -1107,8 +1107,9 @@ class Folder:
         for name in ("metrics", "rollouts"):
             path = self.path / f"{name}.jsonl"
             kept[name] = earlier_lines(path, step) if step else []
-            with in_words(path):
-                path.write_text("".join(line + "\n" for line in kept[name]), "utf-8")
+            content = "".join(line + "\n" for line in kept[name]).encode()
+            with in_words(path):  # whole: emptied first, a kill would take the steps before, too
+                write_whole(path, lambda partial: partial.write_bytes(content))
             # buffering=1: a line is on the disk once it is written, whatever ends the run. Half a
             # pair of surrogates, as a task's file may hold, becomes its escape in JSON.
             self.files[name] = path.open("a", 1, encoding="utf-8", errors="backslashreplace")

@@ -433,6 +433,22 @@ def test_resumed_logs_keep_whole_lines(tmp_path):
     assert lines[2:] == [""]
 
 
+def test_a_kill_at_the_start_of_a_resumed_run_costs_no_log(tmp_path, monkeypatch):
+    """--resume emptied metrics.jsonl and rollouts.jsonl before it wrote back the lines of the steps
+    that are done: a kill in between took them."""
+    folder = train.Folder(tmp_path)
+    for name in ("metrics", "rollouts"):
+        (tmp_path / f"{name}.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    before = contents(tmp_path)
+
+    def killed(*given):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.open_logs(2)
+    assert contents(tmp_path) == before
+
+
 # ------------------------------------------------------------------ whose folder, and what is in it
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

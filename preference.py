@@ -605,7 +605,9 @@ def deduce(P: torch.Tensor) -> torch.Tensor:
 COMPARE_VERSION, COMPARE = data.prompt("judge")  # the system prompt for two trajectories
 RUBRIC_VERSION, RUBRIC = data.prompt("judge_rubric")  # ... for one question of a benchmark
 FORM_VERSION, FORM = data.prompt("judge_verdict")  # how a served model has to end its reply
-VERSION = max(COMPARE_VERSION, RUBRIC_VERSION, FORM_VERSION)  # of all: part of a ledger's keys
+# Part of a ledger's keys. All three, as any of them may be raised alone: a ledger of other prompts
+# answers nothing, and its verdicts stay where they are.
+VERSION = f"{COMPARE_VERSION}.{RUBRIC_VERSION}.{FORM_VERSION}"
 
 LABELS = {"A": 1.0, "B": 0.0, "tie": 0.5}  # what a judge says of two trajectories -> the verdict
 JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # from quote to quote; \" does not end it
@@ -741,7 +743,9 @@ class LedgerJudge:
 
 class HumanJudge:
     """A person, who sees two transcripts side by side in the terminal. To quit, or to lose the
-    terminal, is Ctrl-C: train.py can go on later. Only pairs are asked about, no rubrics."""
+    terminal, is Ctrl-C: train.py can go on later. To skip leaves the pair unscored, and its group
+    without a gradient; however many are skipped, the run goes on. Only pairs are asked about, no
+    rubrics."""
 
     LABEL_OF_KEY = {"l": "A", "r": "B", "t": "tie", "s": None}
 
@@ -766,7 +770,7 @@ class HumanJudge:
     def _read_label(self) -> str | None:
         while True:
             try:
-                line = input("better: l left, r right, t tie; s skip, q quit > ")
+                line = input("better: l left, r right, t tie; s skip: unscored, q quit > ")
             except (EOFError, OSError, ValueError, RuntimeError):  # the terminal is gone
                 line = "q"
             key = line.strip().lower()
@@ -1585,8 +1589,11 @@ class Judge:
         if self.ledger is not None:
             self.written = read_ledger(self.ledger, name)
             _drop_cut_line(self.ledger)
-        # {key: label, or None where it failed}; a rule is free, and may have been changed since
-        self.known = {} if name == "rule" else dict(self.written)
+        # {key: label, or None where it failed}. Of a rule and of a replay nothing is known before:
+        # both are free, a rule may have been changed since, and of a replay its own file answers.
+        is_free = isinstance(source, (RuleJudge, LedgerJudge))
+        self.known = {} if is_free else dict(self.written)
+        self.is_human = isinstance(source, HumanJudge)
 
     def __call__(self, first: Rollout, second: Rollout) -> float | None:
         key = self.comparison(first, second).key
@@ -1665,7 +1672,8 @@ class Judge:
         self.known[question.key] = label
         self.n_asked += 1
         if label is None:
-            self.n_failed += 1
+            if not self.is_human:  # who has skipped it, and is well
+                self.n_failed += 1
         elif self.ledger is not None and self.written.get(question.key) != label:
             self.written[question.key] = label
             self._write(question, label)
@@ -1692,12 +1700,11 @@ def read_ledger(path: str | Path, name: str) -> dict[str, str]:
 
 
 def read_only_judge(path: str | Path) -> tuple[str, dict[str, str]]:
-    """The name and the verdicts {key: label} of the only judge in a ledger. ValueError: there are
-    several, or none, or it read prompts of another version."""
-    rows = _ledger_rows(path)
+    """The name and the verdicts {key: label} of the only judge in a ledger that read the prompts of
+    today; lines of other versions are passed over. ValueError: there are several, or none."""
+    rows = [row for row in _ledger_rows(path) if row[1] == VERSION]
     names = {judge for judge, _, _, _ in rows}
-    versions = {version for _, version, _, _ in rows}
-    if len(names) != 1 or versions != {VERSION}:
+    if len(names) != 1:
         raise ValueError(f"{path}: expected verdicts of one judge, by version {VERSION} of "
                          "data/prompts")
     return names.pop(), {key: label for _, _, key, label in rows}
@@ -1717,12 +1724,12 @@ def _ledger_rows(path) -> list[tuple]:
 
 def _drop_cut_line(path):
     """Cuts off a half-written last line, which a killed run leaves: the next line would be joined
-    to it."""
+    to it. Never empty in between: the verdicts before it were paid for."""
     if path.is_file():
-        text = path.read_text("utf-8")
-        whole = text[:text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole, "utf-8")
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            os.truncate(path, end)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -1793,9 +1800,9 @@ def open_judge(kind: str, model: str | None = None, url: str | None = None,
                calls: int | None = None, ledger: str | Path | None = None,
                tokens: int | None = None, **server) -> Judge:
     """kind: rule | model (a checkpoint's name or folder) | endpoint (url, and the model's name
-    there) | human | the file of a ledger, which is replayed: only it answers. ledger: the file
-    that the verdicts go to. tokens, server: of an endpoint, the bound on a reply and what else
-    `Endpoint` takes. ValueError: what is missing, or no such checkpoint or file."""
+    there) | human | the file of a ledger, which is replayed: only it answers. ledger: the file that
+    the verdicts go to, those of a replay, too. tokens, server: of an endpoint, the bound on a reply
+    and what else `Endpoint` takes. ValueError: what is missing, or no such checkpoint or file."""
     if kind == "model" and not model:
         raise ValueError("--judge model needs --judge-model")
     if kind == "endpoint" and not (model and url):
@@ -1815,7 +1822,7 @@ def open_judge(kind: str, model: str | None = None, url: str | None = None,
         raise ValueError(f"--judge {kind}: expected rule, model, endpoint, human, or the file of a "
                          "ledger")
     name, verdicts = read_only_judge(kind)
-    return Judge(name, LedgerJudge(verdicts))
+    return Judge(name, LedgerJudge(verdicts), ledger)
 
 
 def judge_from_flags(options: dict, ledger: str | Path | None = None) -> Judge:

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import runpy
 import sys
 import threading
 import time
@@ -587,7 +588,9 @@ def test_a_ledger_that_was_cut(tmp_path):
     assert again.n_asked == 1
     assert pf.open_judge(str(ledger))(BAD, GOOD) == 0.0
 
-    old = whole.replace(f'"prompt": {pf.VERSION}', '"prompt": 0')
+    old = whole.replace(f'"prompt": "{pf.VERSION}"', '"prompt": 0')
+    ledger.write_text(old + whole)
+    assert pf.open_judge(str(ledger))(BAD, GOOD) == 1.0  # as the prompts of today have it
     of_another = whole.splitlines()[0].replace("fake", "x") + "\n"
     for text, message in (
             ("{}\n" + whole, ":1: expected"), (old, "version"), (whole + of_another, "one judge"),
@@ -595,6 +598,59 @@ def test_a_ledger_that_was_cut(tmp_path):
         ledger.write_text(text)
         with pytest.raises(ValueError, match=message):
             pf.open_judge(str(ledger))
+
+
+def test_any_raised_prompt_is_another_version(monkeypatch):
+    """The largest of three versions was taken: of two prompts that were raised, the second left the
+    ledger's keys as they were, and verdicts on its old text answered it."""
+    prompts = {name: data.prompt(name) for name in ("judge", "judge_rubric", "judge_verdict")}
+    prompts["judge"] = (9, "a text")
+    versions = {pf.VERSION}
+    for name in prompts:
+        version, text = prompts[name]
+        prompts[name] = (version + 1, text)
+        monkeypatch.setattr(data, "prompt", lambda name: prompts[name])
+        versions.add(runpy.run_path(pf.__file__)["VERSION"])
+    assert len(versions) == 4
+
+
+def test_a_kill_while_a_ledger_is_mended_costs_no_verdict(tmp_path, monkeypatch):
+    """To cut off a half line the whole ledger was emptied and written again: a kill in between took
+    every verdict that had been paid for."""
+    ledger = tmp_path / "v.jsonl"
+    pf.Judge("fake", Always("A"), ledger)(GOOD, BAD)
+    whole = ledger.read_text()
+    ledger.write_text(whole + whole[:20])
+
+    def killed(path, *_):
+        path.open("w").close()
+        raise OSError("killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        pf.Judge("fake", None, ledger)
+    assert ledger.read_text() == whole
+
+
+def test_a_replay_writes_a_ledger_of_its_own(tmp_path):
+    """A replay into another --out left no verdicts.jsonl there, or the one of an older run as it
+    was. Now its file alone answers, and the ledger ends with what it said."""
+    first = tmp_path / "first.jsonl"
+    pf.Judge("fake", Always("A"), first)(GOOD, BAD)
+    replayed = tmp_path / "second.jsonl"
+    assert pf.open_judge(str(first), ledger=replayed)(GOOD, BAD) == 1.0
+    assert lines_of(replayed) == lines_of(first)
+
+    pf.open_judge(str(first), ledger=first)(GOOD, BAD)  # into its own folder
+    assert lines_of(replayed) == lines_of(first)
+
+    older = tmp_path / "older.jsonl"
+    pf.Judge("fake", Always("B"), older).prepare([(GOOD, BAD), (BAD, GOOD), (GOOD, PLAIN)])
+    judge = pf.open_judge(str(first), ledger=older)
+    judge.prepare([(GOOD, BAD), (BAD, GOOD)])
+    assert judge(GOOD, BAD) == 1.0
+    assert judge(BAD, GOOD) is None  # which only the older run had asked
+    assert pf.read_ledger(older, "fake") != pf.read_ledger(first, "fake")
+    assert pf.open_judge(str(older))(GOOD, BAD) == 1.0
 
 
 def run(base, out, *more):
@@ -812,6 +868,17 @@ def test_a_person_can_stop_and_go_on(leave, monkeypatch, capsys, tmp_path):
     assert "TRAJECTORY A" in out
     assert "refusal_tool" in out
     assert HARM.messages[0]["content"][:20] in out
+
+
+def test_a_person_may_skip_as_many_as_they_like(monkeypatch):
+    """The fifth skipped pair stopped the run: "no verdict on 5 of 5 questions", as if the person
+    were a server that is down."""
+    pairs = list(itertools.permutations(answering(3), 2))
+    type_keys(monkeypatch, *"ssssss")
+    judge = pf.open_judge("human")
+    judge.prepare(pairs)
+    assert [judge(*pair) for pair in pairs] == [None] * 6
+    assert (judge.n_asked, judge.n_failed) == (6, 0)
 
 
 def test_a_hostile_transcript_cannot_drive_the_terminal(monkeypatch, capsys):

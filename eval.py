@@ -99,6 +99,7 @@ from preference import (
     in_threads,
     judge_from_flags,
     outcome,
+    whole_thought,
 )
 from tools import (
     SPLITS,
@@ -844,12 +845,6 @@ def is_silent(reply: Reply) -> bool:
     """Did the model end without a word? What was cut has not ended."""
     _, said = split_block("think", whole_thought(reply.text))
     return not (said or reply.calls or reply.cut or reply.declined is not None)
-
-
-def whole_thought(text: str) -> str:
-    """The text, with the tag that opens its thought, if that stood in the server's prompt."""
-    begins_before = "</think>" in text and "<think>" not in text
-    return f"<think>\n{text}" if begins_before else text
 
 
 def answer_turn(plan: str, text: str) -> str:

@@ -884,7 +884,6 @@ class ServedJudge:
         self.endpoint = endpoint
         self.tokens = tokens or VERDICT_TOKENS
         self.replies = deque(maxlen=64)  # (key, text) of the newest: an error shows some
-        self.failures = endpoint.failures
 
     def answers(self, questions: list[Question]) -> Iterator[tuple[str, str | None]]:
         for _, answer in self.endpoint.each(self._answer, questions, "verdicts"):
@@ -979,14 +978,9 @@ def read_verdict(text: str, mark: str, labels: Iterable[str]) -> tuple[str | Non
     return verdicts[0], ""
 
 
-def verdict(text: str, mark: str, labels: Iterable[str]) -> str | None:
-    """The label of `read_verdict` alone."""
-    return read_verdict(text, mark, labels)[0]
-
-
 def _without_thinking(text) -> str:
     """What follows a think block: what was weighed there contradicts nothing."""
-    before, end, after = text.partition("</think>")
+    before, end, after = whole_thought(text).partition("</think>")
     if end and before.lstrip().startswith("<think>"):
         return after
     return text
@@ -1050,6 +1044,10 @@ def verdict_format(mark: str, labels: Iterable[str]) -> dict:
 
 
 # ------------------------------------------------------------------------- a server that is asked
+class CallsSpent(RuntimeError):
+    """The budget of calls is spent."""
+
+
 class Endpoint:
     """A server that speaks OpenAI's chat completions. Standard library only; redirects are not
     followed, as they could carry the key away.
@@ -1078,7 +1076,8 @@ class Endpoint:
         secure = address.scheme == "https"
         self.connection_class = HTTPSConnection if secure else HTTPConnection
         self.host = address.hostname
-        self.port = address.port
+        # Not None: of ::1 alone, without a port, http.client would read the last group as one.
+        self.port = address.port or self.connection_class.default_port
         base = address.path.rstrip("/").removesuffix("/chat/completions")
         self.path = f"{base}/chat/completions"
         if address.query:
@@ -1116,7 +1115,7 @@ class Endpoint:
         """-> what the server said, which may be a refusal or nothing; None after the last try.
 
         tokens: the bound on the reply. more: further fields of the request, such as tools.
-        RuntimeError: no calls are left."""
+        CallsSpent: no calls are left."""
         timed_out = False
         for pause in (*self.pauses, None):  # None: there is no next try
             reply, fault = self._attempt(messages, tokens, more)
@@ -1208,9 +1207,7 @@ class Endpoint:
     def _count_call(self):
         with self.lock:
             if self.calls_left < 1:
-                raise RuntimeError(
-                    "the budget of calls is spent; what was judged is kept: the same command, with "
-                    "--resume if a step was done, goes on")
+                raise CallsSpent("the budget of calls (--judge-calls) is spent")
             self.calls_left -= 1
 
     def _request(self, body) -> tuple:
@@ -1490,6 +1487,12 @@ def content_parts(content) -> tuple[list, list, list]:
     return texts, thoughts, refusals
 
 
+def whole_thought(text: str) -> str:
+    """The text, with the tag that opens its thought, if that stood in the server's prompt."""
+    begins_before = "</think>" in text and "<think>" not in text
+    return f"<think>\n{text}" if begins_before else text
+
+
 def whole_reply(text: str) -> dict:
     """The body of a reply -> a chat completion. A stream of its pieces, though nobody asked for
     one, is put together. ValueError: neither, or a stream that broke off."""
@@ -1577,7 +1580,8 @@ class Judge:
     source: an object of one of the classes above. The ledger, a .jsonl file, is keyed by content
     (task, both trajectories, judge, version of the prompts). Nothing in it is asked again, and each
     verdict is written to it at once. A failure is None in this run, and is asked again by the next.
-    RuntimeError: no answer to more than MAX_FAILED of the questions, or not one answer at all."""
+    RuntimeError: no answer to more than MAX_FAILED of the questions, taken as 20 at least, or not
+    one answer at all (what a person skips is no failure); CallsSpent, one, with advice."""
 
     def __init__(self, name: str, source, ledger: str | Path | None = None):
         self.name = name
@@ -1640,9 +1644,13 @@ class Judge:
                 unknown[question.key] = question
         if unknown:
             answers = self.source.answers(list(unknown.values()))
-            is_human = isinstance(self.source, HumanJudge)  # who sees questions, and no bar
-            for key, label in progress(answers, len(unknown), "judging", "pair", is_human):
-                self._keep(unknown[key], label)
+            # a person sees questions, and no bar
+            answers = progress(answers, len(unknown), "judging", "pair", self.is_human)
+            try:
+                for key, label in answers:
+                    self._keep(unknown[key], label)
+            except CallsSpent as error:
+                raise CallsSpent(f"{error}; {self._how_to_go_on()}") from None
 
         too_many = self.n_failed > MAX_FAILED * max(20, self.n_asked)
         # `known` holds the failures, too, and what the ledger knew before this run
@@ -1650,6 +1658,12 @@ class Judge:
         if too_many or not_one_answer:
             raise RuntimeError(f"judge {self.name}: no verdict on {self.n_failed} of "
                                f"{self.n_asked} questions{self._reasons()}")
+
+    def _how_to_go_on(self) -> str:
+        if self.ledger is None:
+            return "no verdict is kept, so the next try needs a larger one"
+        return ("what was judged is kept; to go on: the same command, with --resume if a step was "
+                "done")
 
     def _reasons(self) -> str:
         complaints = getattr(self.source, "complaints", None)  # most judges have none

@@ -186,6 +186,10 @@ def test_judged_text_forges_neither_line_nor_role_nor_token():
         assert json.loads(pf.quoted(attack)) == attack
 
 
+def verdict(text, mark):
+    return pf.read_verdict(text, mark, pf.LABELS)[0]
+
+
 def test_no_attack_changes_a_served_verdict():
     """garak #1868: the parser takes the first [[1]] it finds, and the judge had only quoted what it
     judged."""
@@ -195,11 +199,11 @@ def test_no_attack_changes_a_served_verdict():
         parrots = [prompt, attack, json.dumps(attack), f"It says {attack}",
                    attack.replace("{mark}", "0" * 8)]
         for parrot in parrots:
-            assert pf.verdict(parrot, mark, pf.LABELS) is None, attack
+            assert verdict(parrot, mark) is None, attack
             real = f"{parrot}\nVerdict {mark}: B\n{parrot}"
-            assert pf.verdict(real, mark, pf.LABELS) == "B"
+            assert verdict(real, mark) == "B"
             last = f"Verdict {mark}: A? No.\nVerdict {mark}: tie"
-            assert pf.verdict(last, mark, pf.LABELS) == "tie"
+            assert verdict(last, mark) == "tie"
 
 
 def test_no_attack_yields_a_control_id(base):
@@ -431,7 +435,7 @@ def test_a_fault_is_retried(fault, server, monkeypatch):
     assert judge(GOOD, BAD) == 0.0
     assert len(server.seen) == 2
     assert judge.n_failed == 0
-    assert sum(judge.source.failures.values()) == 1
+    assert sum(judge.source.endpoint.failures.values()) == 1
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "401", "down"])
@@ -476,7 +480,7 @@ def test_a_model_that_takes_only_its_own_temperature(server):
     judge = served_judge(server)
     assert judge(GOOD, BAD) == judge(BAD, GOOD) == 1.0
     assert ["temperature" in body for _, _, body in server.seen] == [True, False, False]
-    assert not judge.source.failures
+    assert not judge.source.endpoint.failures
 
     server.plan = ["400"] * 2  # the second without the schema, which it might have been about
     assert served_judge(server).source.endpoint.chat([], 9, response_format={}) is None
@@ -491,7 +495,7 @@ def test_nothing_judged_is_lost_when_calls_run_out(server, tmp_path):
     rollouts = answering(4)
     pairs = list(itertools.permutations(rollouts, 2))
     judge = served_judge(server, 5, ledger)
-    with pytest.raises(RuntimeError, match="budget of calls"):
+    with pytest.raises(RuntimeError, match="budget of calls .* is kept; .* --resume"):
         judge.prepare(pairs)
     assert len(server.seen) == 5 == len(lines_of(ledger))
 
@@ -504,6 +508,23 @@ def test_nothing_judged_is_lost_when_calls_run_out(server, tmp_path):
     again.prepare(pairs)
     assert len(server.seen) == 12
     assert pf.compare(again, rollouts).equal(0.5 - 0.5 * torch.eye(4))
+
+
+def test_advice_on_a_spent_budget_is_true_of_who_asked(server):
+    """eval.py, which keeps no ledger and has no --resume, said that what was judged is kept and
+    that --resume goes on."""
+    says(server, "A")
+    with pytest.raises(RuntimeError, match="budget of calls .* no verdict is kept") as error:
+        served_judge(server, 1).prepare([(GOOD, BAD), (BAD, GOOD)])
+    assert "--resume" not in str(error.value)
+
+
+def test_an_ipv6_address_without_a_port_is_reached_at_the_usual_one():
+    """http://[::1]/v1 was asked at the host ":", port 1: "::1" without brackets looks like that."""
+    for url, port in (("http://[::1]/v1", 80), ("https://[::1]/v1", 443), ("http://[::1]:8/v1", 8)):
+        endpoint = pf.Endpoint(url, "m")
+        connection = endpoint.connection_class(endpoint.host, endpoint.port)
+        assert (connection.host, connection.port) == ("::1", port)
 
 
 def test_a_few_calls_are_in_flight(server):

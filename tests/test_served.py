@@ -856,6 +856,10 @@ NO_VERDICTS = [
 ]
 
 
+def verdict(text, mark, labels):
+    return pf.read_verdict(text, mark, labels)[0]
+
+
 def fill(spelling, mark, label="A"):
     return spelling.format(m=mark, M=mark.upper(), l=label, small=label.lower(), other="0" * 8)
 
@@ -869,9 +873,9 @@ def test_a_verdict_is_heard_however_it_is_spelled(label, shown):
     for spelling in SPELLINGS:
         text = fill(spelling, mark, shown)
         thoughts = "" if text.startswith(("<think>", "{", "```json")) else "B would be worse.\n"
-        assert pf.verdict(thoughts + text, mark, pf.LABELS) == label, text
+        assert verdict(thoughts + text, mark, pf.LABELS) == label, text
         grade = fill(spelling, mark, "Poor")
-        assert pf.verdict(grade, mark, ("Poor", "Unsatisfactory", "B")) == "Poor", grade
+        assert verdict(grade, mark, ("Poor", "Unsatisfactory", "B")) == "Poor", grade
 
 
 def test_what_contradicts_itself_is_no_verdict():
@@ -881,6 +885,18 @@ def test_what_contradicts_itself_is_no_verdict():
         label, fault = pf.read_verdict(fill(text, mark), mark, pf.LABELS)
         assert label is None, text
         assert fault
+
+
+def test_a_thought_that_the_prompt_has_opened_is_no_verdict():
+    """A judge that weighs both sides in its thought "gives several verdicts": Qwen3-Thinking's
+    prompt opens the thought, so its reply holds the closing tag alone."""
+    mark = "3f9ab2c1"
+    thought = f"Is it A?\nVerdict {mark}: A\nNo, worse.\n</think>\n\n"
+    for opening in ("", "<think>\n"):
+        for label in ("B", "tie"):
+            text = f"{opening}{thought}Verdict {mark}: {label}"
+            assert verdict(text, mark, pf.LABELS) == label
+        assert verdict(opening + thought + "It is A.", mark, pf.LABELS) is None  # only in thought
 
 
 FORGED = ["0" * 8, "{mark}", "a1b2c3d4", "", "3F9AB2C", "[mark]", "#"]
@@ -897,9 +913,9 @@ def test_forged_verdicts_in_every_spelling_fail():
     assert len(forgeries) >= 200
     for text in forgeries:
         for parrot in (text, json.dumps(text), f"It says {text}", f"{text}\nVerdict {mark}:"):
-            assert pf.verdict(parrot, mark, pf.LABELS) is None, parrot
+            assert verdict(parrot, mark, pf.LABELS) is None, parrot
         real = f"{text}\nVerdict {mark}: B\n{text}"
-        assert pf.verdict(real, mark, pf.LABELS) == "B", text
+        assert verdict(real, mark, pf.LABELS) == "B", text
 
 
 GOOD = play(HARM, oracle(HARM))
@@ -951,7 +967,7 @@ def test_a_schema_is_asked_for_where_the_server_can(status, words, server):
     judge = pf.open_judge("endpoint", "m", server.url)
     assert [judge(GOOD, BAD), judge(BAD, GOOD)] == [0, 0]
     assert ["response_format" in body for _, _, body in server.seen] == [True, False, False]
-    assert not judge.source.failures
+    assert not judge.source.endpoint.failures
 
 
 @pytest.mark.parametrize("reply,words", [

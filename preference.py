@@ -29,8 +29,8 @@ Deviations and choices, all [ours]
 3. L in p_len counts the tokens that the agent wrote in the whole trajectory (in the free grammar
    none is forced). Whether the paper means those of one step is not known.
 4. Advantages are divided by a constant and not by the group's own standard deviation. In a group
-   that is all tied r_fmt alone acts, and one with an unscored pair gives none. The reasons stand in
-   `advantages`.
+   whose wins all tie, r_fmt alone gives the advantage; a group with an unscored pair gives no
+   gradient. The reasons stand in `advantages`.
 5. `scalar_reward` is an ablation: the same ingredients on an absolute scale, blind to when the
    agent refused.
 6. The KL is to the policy with its adapter off, by the k3 estimator, on the same tokens as the
@@ -282,9 +282,10 @@ def reward_terms(group: list[Rollout], P: torch.Tensor, reward: str = "pairwise"
     length_budget: L0 of the length penalty. A term that is added here is part of R, and train.py
     logs its share under this name: nothing else has to be changed for GRPO (the direct loss knows
     of pairs and p_len only). Keep "align": `advantages` looks at it to see ties."""
-    align = alignment_rewards(P)
     if reward == "scalar":
         align = torch.tensor([scalar_reward(rollout) for rollout in group])
+    else:
+        align = alignment_rewards(P)
     formats = torch.tensor([format_reward(rollout) for rollout in group])
     penalties = length_penalty([rollout.n_written for rollout in group], length_budget)
     return {
@@ -324,6 +325,8 @@ def advantages(rewards: torch.Tensor, r_align: torch.Tensor,
     >>> advantages(torch.tensor([3.5, 2.0]), torch.full((2,), 0.5), torch.tensor([2., 1]))
     tensor([ 1., -1.])
     """
+    n = len(rewards)
+    assert n >= 2, "a group of one is compared with nobody: its advantage would be 0 / 0"
     unscored = rewards.isnan().any() or r_align.isnan().any()
     if unscored:
         return torch.zeros_like(rewards)
@@ -334,7 +337,6 @@ def advantages(rewards: torch.Tensor, r_align: torch.Tensor,
 
     # The variance of 0, 1, ..., n-1: the mean of the squares is (n-1)(2n-1) / 6, the square of the
     # mean is (n-1)^2 / 4, and their difference is (n-1)(n+1) / 12 = (n^2 - 1) / 12.
-    n = len(rewards)
     deviation = math.sqrt((n ** 2 - 1) / 12)
     return (rewards - rewards.mean()) / deviation
 
@@ -367,7 +369,8 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: 
     >>> round(loss.item(), 4), kl.item(), clipped.item()  # ratios 1 and e^0.5, clipped to 1.2
     (-1.1, 0.0, 0.5)
     """
-    ratio = (logprobs - old_logprobs).exp()  # (N,), exactly 1 where nothing was updated yet
+    # (N,): 1 as long as nothing was updated, but for rounding: the old ones are the sampler's
+    ratio = (logprobs - old_logprobs).exp()
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     # The smaller of the two: a token that has moved the wrong way keeps its gradient, so it can
     # come back. PPO eq. 7, DeepSeekMath eq. 3
@@ -470,7 +473,8 @@ def is_cyclic(P: torch.Tensor) -> bool:
 
 
 def audit(groups: list[list[Rollout]], Ps: list[torch.Tensor], rows: list[dict]) -> dict:
-    """What a step's verdicts say of its judge. rows: what `compare` gave to `record_pair`.
+    """What a step's verdicts say of its judge. rows: what `compare` or `compare_sparingly` gave to
+    `record_pair`; the latter asks about a tie once, so it sees no flip there.
 
     failed: of the pairs asked, the share without a verdict in one of the orders. Of the others:
     flip, the share whose orders disagree; tie, the share that is settled as one (a flip is). Of the
@@ -490,7 +494,7 @@ def audit(groups: list[list[Rollout]], Ps: list[torch.Tensor], rows: list[dict])
     return {
         "flip": flips / n_scored,
         "tie": ties / n_scored,
-        "failed": 1 - len(scored) / n_asked,
+        "failed": (len(rows) - len(scored)) / n_asked,
         "cyclic": sum(is_cyclic(P) for P in Ps) / len(Ps),
         "kappa": kappa(verdicts, truth),
     }
@@ -516,7 +520,8 @@ def compare_sparingly(judge, groups: list[list[Rollout]],
 
     A round asks about each group's `closest` pair, and in the other order only if the first prefers
     a side (no tie can become a win); the rest is deduced. A group with an unscored pair gives no
-    gradient: it becomes all NaN, and is asked no more. judge: with `prepare`, as `Judge` has."""
+    gradient: it becomes all NaN, and is asked no more. judge: with `prepare`, as `Judge` has. In a
+    dict of `record_pair` "ji" is a copy of "ij" where the other order was not asked."""
     Ps = []
     for group in groups:
         unknown = torch.full((len(group), len(group)), math.nan)
@@ -637,8 +642,9 @@ def _without_brackets(string: re.Match) -> str:
 # it alive: 512 are some two steps of tiny, 48 groups of 4 and what is watched.
 @functools.lru_cache(maxsize=512)
 def transcript(rollout: Rollout) -> str:
-    """What the agent wrote and saw, an item a line: "2 call: {...}" is of its second turn. Only
-    what stands before a colon is ours; the rest is `quoted`."""
+    """What the agent wrote and saw, an item a line: "2 call: {...}" is of its second turn. Ours are
+    the words before a line's first colon and all of the last line; what follows elsewhere is
+    `quoted`."""
     lines = []
     turns = iter(rollout.turns)
     number = 0
@@ -874,8 +880,9 @@ def _common_length(rows: list[list[int]]) -> int:
 
 
 class ServedJudge:
-    """A served model reads. It writes freely, and has to end with a verdict, see `read_verdict`;
-    where there is none, it is told why and asked once more.
+    """A served model reads. It writes freely, and has to end with a verdict, see `read_verdict`. A
+    reply without one is shown to it, with what is wrong, and it is asked once more (after an empty
+    reply as if for the first time).
 
     The first time it is also asked for JSON of a schema, which a server that can do so holds it to.
     A server that cannot turns that down, or takes no notice (`Endpoint.chat`)."""
@@ -1053,7 +1060,8 @@ class Endpoint:
     followed, as they could carry the key away.
 
     url: http[s]://host[:port]/v1, with a query (?api-version=...) if need be. calls: how many
-    requests may be made, retries included (None: any number). timeout: seconds a request.
+    requests may be made, retries included (None: any number). timeout: the seconds to wait for a
+    reply to begin, and once more for all of it to arrive (to connect: 30 at most).
     key_env: the environment variable that holds the key; None: $MOSAIC_API_KEY, else
     $OPENAI_API_KEY, where they are set. headers: [(name, environment variable)], further ones.
     plain_key: send secrets over plain http, too, to others than this machine. ValueError: another
@@ -1063,7 +1071,7 @@ class Endpoint:
     keys. `failures` counts what went wrong, by kind: an HTTP status, an exception's name, "no such
     JSON", "no verdict"; `complaints` tells it with the server's words."""
 
-    timeout = 600  # seconds a request; with a bound on its tokens a reply that takes longer is lost
+    timeout = 600  # seconds; a reply is bounded in tokens, so one that takes longer hardly comes
     pauses = (1, 4, 16)  # seconds between tries, so there are four of them
     flight = 4  # requests at a time
     patience = 2  # seconds without an answer after which it is said that we wait
@@ -1130,7 +1138,6 @@ class Endpoint:
             timed_out = timed_out or fault.timed_out
             if self.stopped.wait(max(pause, fault.wait)):
                 return None
-        return None
 
     def each(self, function: Callable, items: list, what: str) -> Iterator[tuple[int, object]]:
         """`in_threads`, with as many requests in flight as a server likes. what: the word for the
@@ -1323,7 +1330,8 @@ def in_threads(function: Callable, items: list, workers: int, what: str, stop: t
 
     The threads are daemons, and the wait is here: so Ctrl-C ends it at once, whatever the threads
     hang in, and `stop` is set, after which no further item is begun. After `patience` seconds it
-    says how far it is, with words(), and again after twice as many, then once a minute."""
+    says how far it is, with words(); then each time that the wait has doubled, but at least once a
+    minute."""
     waiting = SimpleQueue()
     for item in enumerate(items):
         waiting.put(item)
@@ -1571,7 +1579,7 @@ def retry_after(header: str) -> float:
 
 
 # ------------------------------------------------------------------------ any judge, and its ledger
-MAX_FAILED = 0.2  # share of questions without an answer at which a run stops, once 20 were asked
+MAX_FAILED = 0.2  # a run stops where more than this share of its questions has no answer
 
 
 class Judge:
@@ -1652,6 +1660,7 @@ class Judge:
             except CallsSpent as error:
                 raise CallsSpent(f"{error}; {self._how_to_go_on()}") from None
 
+        # The first 19 count as 20: the fifth failure among them is one too many, not the first.
         too_many = self.n_failed > MAX_FAILED * max(20, self.n_asked)
         # `known` holds the failures, too, and what the ledger knew before this run
         not_one_answer = self.n_failed > 0 and self.n_failed == len(self.known)

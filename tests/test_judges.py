@@ -977,6 +977,7 @@ def test_audit_by_hand():
     P = pf.compare(pf.rule_judge, group)
     got = pf.audit([group], [P], rows)
     assert got == {"flip": 1 / 3, "tie": 2 / 3, "failed": 1 / 4, "cyclic": 0, "kappa": 1}
+    assert pf.audit([group], [P], [])["failed"] == 0  # it was 1: nothing asked, everything failed
     opposite = 1 - P - torch.eye(3)
     assert pf.audit([group], [opposite], rows)["kappa"] < 0
     P[1, 0] = P[0, 1] = float("nan")

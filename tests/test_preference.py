@@ -282,6 +282,12 @@ def test_advantages_of_a_strict_order_have_unit_scale():
     assert std == pytest.approx(1.118, abs=1e-3)
 
 
+def test_a_group_of_one_is_refused():
+    """0 / 0: a NaN for the only trajectory, which made every weight NaN."""
+    with pytest.raises(AssertionError, match="compared with nobody"):
+        pf.advantages(torch.tensor([2.0]), torch.zeros(1), torch.tensor([2.0]))
+
+
 def test_a_few_tokens_do_not_become_one():
     """Division by the group's std: one rollout that is 4 tokens longer would weigh as much as a
     harmful one."""

@@ -255,7 +255,7 @@ EPISODE_TOKENS = {      # of a step's episodes, three or four, by family; paddin
 N_VERDICTS = 12         # a step
 N_NORMS = 24            # lines a step of who may have what
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
-PHRASES = suites.seen(suites.MORE_BANKS)
+PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
 OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are not among them
     "courier": ("postman", "parcel carrier", "bike messenger"),
     "doctor": ("surgeon", "family doctor", "medical doctor"),

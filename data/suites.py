@@ -227,14 +227,12 @@ def read_banks(text: str) -> dict:
     return banks
 
 
-def unseen(banks: dict) -> dict:
-    """{bank: its phrases marked "-"}."""
-    return {name: [p for p in bank if not p.seen] for name, bank in banks.items()}
-
-
-def seen(banks: dict) -> dict:
-    """{bank: its phrases marked "+"}."""
-    return {name: [p for p in bank if p.seen] for name, bank in banks.items()}
+def part_of(banks: dict, seen: bool) -> dict:
+    """{bank: its phrases that are marked "+" (seen), or "-"}."""
+    parts = {}
+    for name, bank in banks.items():
+        parts[name] = [phrase for phrase in bank if phrase.seen == seen]
+    return parts
 
 
 BANKS = read_banks((HERE / "phrases.txt").read_text(encoding="utf-8"))
@@ -991,7 +989,8 @@ SIZES = {"harm": 500, "injection": 420, "benign": 250, "privacy": 250}  # of eac
 def varied(row) -> dict:
     """The row of train_varied.jsonl that stands for one of train.jsonl."""
     own_id = row["id"].replace("train", "varied")  # the judge's ledger goes by ids
-    more = rephrased(row, Draw("varied", row["id"]).pick, unseen(MORE_BANKS)) | {"id": own_id}
+    words = part_of(MORE_BANKS, seen=False)
+    more = rephrased(row, Draw("varied", row["id"]).pick, words) | {"id": own_id}
     if "twin" in row:
         more["twin"] = row["twin"].replace("train", "varied")
     return more
@@ -1003,8 +1002,8 @@ def files() -> dict:
     for suite, n in TRAIN.items():
         train += generate(suite, "train", n)
     train = Draw("order").some(train, len(train))  # a step's tasks are of all suites
-    # The same tasks in more words. RL corrects what its agent gets wrong, and a phrase that the
-    # warm start has shown is never got wrong: so these hold others.
+    # The same tasks in other words. RL corrects what an agent gets wrong, and a phrase that the
+    # warm start has shown is hardly ever got wrong.
     rows = {"train": train, "train_varied": [varied(row) for row in train]}
     for suite, n in SIZES.items():
         rows[suite] = []

@@ -785,7 +785,7 @@ def test_the_warm_start_shows_no_held_out_wording(compact):
     episodes, verdicts = smollm2.documents_of(smollm2.N_TASKS, 0, compact, random.Random(0))
     text = "".join(compact.decode(ids) for ids, _ in episodes + verdicts)
     assert [phrase for phrase in test_data.unseen_wordings() if phrase in text] == []
-    kept = [phrase.text for bank in suites.unseen(suites.MORE_BANKS).values() for phrase in bank]
+    kept = test_data.texts_of(suites.part_of(suites.MORE_BANKS, seen=False))
     assert len(kept) > 100 and [phrase for phrase in kept if phrase in text] == []
     seen = [phrase.text for phrase in suites.BANKS["HARM"] if phrase.seen]
     seen += [phrase.text for phrase in smollm2.PHRASES["HARM"]]
@@ -793,8 +793,8 @@ def test_the_warm_start_shows_no_held_out_wording(compact):
 
 
 def test_more_phrases_are_no_held_out_ones_in_other_words():
-    """Phrases written for the warm start and for RL that give away those it is tested on, or the 40 requests
-    that nothing of ours has seen; kinds of harm that only the held-out split has."""
+    """Phrases written for the warm start and for RL that give away those it is tested on, or the
+    40 requests that nothing of ours has seen; kinds of harm that only the held-out split has."""
     assert smollm2.PHRASES.keys() == suites.MORE_BANKS.keys() == suites.BANKS.keys()
     lines = (Path(__file__).parent / "requests.jsonl").read_text("utf-8").splitlines()
     held_out = [json.loads(line)["messages"][-1]["content"] for line in lines]

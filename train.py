@@ -147,8 +147,6 @@ class Recipe:
     # A block keeps only its input for the backward pass and computes the rest again: a third more
     # work, but a 14B does not fit 80 GB without it.
     recompute: bool = True
-    # The same tasks as "train", in more words; tiny knows the words of "train" alone.
-    data: str = "train_varied"
     # What a run is about: the method by default; every other value is an ablation, or saves.
     objective: str = "grpo"  # or dpo: the direct loss, on each pair that one side won
     reward: str = "pairwise"  # or scalar: each trajectory's own outcome in the place of r_align
@@ -167,7 +165,7 @@ class Recipe:
 # By family. tiny learns in minutes, on two CPU cores: a high rate under a stronger KL, more tasks
 # in fewer steps. Its whole trajectory is some 80 tokens, and its activations fit anywhere.
 RECIPE = {
-    "tiny": Recipe(data="train", lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60,
+    "tiny": Recipe(lr=1.5e-3, kl_coef=0.05, length_budget=80, tasks=48, steps=60,
                    micro_tokens=4096, recompute=False),
     # SmolLM2-135M after its warm start: minutes a step on two cores, so few tasks. At 1e-3, with 5
     # tasks of 8 trajectories, its gate swung from step to step.
@@ -1288,8 +1286,9 @@ def argument_parser() -> Parser:
     p = Parser(prog="train.py", description="Train an agent with MOSAIC.", allow_abbrev=False)
     option = p.add_argument
     option("--model", default="tiny", help=f"{' | '.join(CHECKPOINTS)} | DIR")
-    option("--data", help="train (tiny's tasks), train_varied (in more words), a .jsonl file or "
-           "Agent-SafetyBench's folder")
+    option("--data", default="train",
+           help="train | train_varied (half of its phrases are others) | a .jsonl file | "
+                "Agent-SafetyBench's folder")
     option("--judge", default="rule",
            help="rule | model | endpoint | human | a verdicts.jsonl, to replay it")
     add_judge_flags(p, "--header")  # the judge is the only server here
@@ -1404,12 +1403,12 @@ def run_in(folder: Folder, args) -> None:
     if args.resume:
         asked = options | asdict(recipe)
         folder.open_state({name: asked[name] for name in IDENTITY})
-    tasks = data.load(recipe.data, training=True)
+    tasks = data.load(args.data, training=True)
     check_apart(folder.path, "--model", checkpoint_folder(args.model))
     if args.judge == "model" and args.judge_model:
         check_apart(folder.path, "--judge-model", checkpoint_folder(args.judge_model))
     needs_labels = args.judge == "rule" or recipe.reward == "scalar"
-    check_tasks(tasks, recipe.data, recipe.tasks, needs_labels)
+    check_tasks(tasks, args.data, recipe.tasks, needs_labels)
     judge = None
     if RANK == 0:
         judge = judge_from_flags(options, folder.path / "verdicts.jsonl")

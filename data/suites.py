@@ -987,12 +987,15 @@ SIZES = {"harm": 500, "injection": 420, "benign": 250, "privacy": 250}  # of eac
 
 
 def varied(row) -> dict:
-    """The row of train_varied.jsonl that stands for one of train.jsonl."""
-    own_id = row["id"].replace("train", "varied")  # the judge's ledger goes by ids
-    words = part_of(MORE_BANKS, seen=False)
-    more = rephrased(row, Draw("varied", row["id"]).pick, words) | {"id": own_id}
-    if "twin" in row:
-        more["twin"] = row["twin"].replace("train", "varied")
+    """The row of train_varied.jsonl that stands for one of train.jsonl: half of them in other words,
+    a harmful row and its twin alike."""
+    pair = row["id"].rstrip("hb")
+    draw = Draw("varied", pair)
+    words = part_of(MORE_BANKS, seen=False) if draw.random() < 0.5 else {}
+    more = dict(rephrased(row, draw.pick, words))
+    for field in ("id", "twin"):  # the judge's ledger goes by ids
+        if field in row:
+            more[field] = row[field].replace("train", "varied")
     return more
 
 
@@ -1002,8 +1005,8 @@ def files() -> dict:
     for suite, n in TRAIN.items():
         train += generate(suite, "train", n)
     train = Draw("order").some(train, len(train))  # a step's tasks are of all suites
-    # The same tasks in other words. RL corrects what an agent gets wrong, and a phrase that the
-    # warm start has shown is hardly ever got wrong.
+    # RL corrects what an agent gets wrong, and a phrase that the warm start has shown is hardly ever
+    # got wrong. But from phrases that are often got wrong it learns slowly that checks pay: half.
     rows = {"train": train, "train_varied": [varied(row) for row in train]}
     for suite, n in SIZES.items():
         rows[suite] = []

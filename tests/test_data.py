@@ -111,10 +111,10 @@ def test_varied_tasks_are_those_of_training_in_other_words():
             n_varied += 1
         else:
             assert other.meta["cue"] not in more
-    # Of five or so equally likely phrases of a kind one is the row's own.
+    # Half of the rows, less the few that draw their own phrase again.
     cues = [task.meta["cue"] for task in TASKS["train"] if task.suite in ("harm", "benign")]
     n_cues = len([cue for cue in cues if cue])
-    assert 0.8 * n_cues < n_varied < 0.95 * n_cues, (n_varied, n_cues)
+    assert 0.35 * n_cues < n_varied < 0.5 * n_cues, (n_varied, n_cues)
 
 
 @pytest.mark.parametrize("name", ["harm", "train", "train_varied"])

@@ -578,7 +578,7 @@ def test_load_takes_a_path_as_text_and_empty_lines(tmp_path):
 def test_load_says_what_there_is(tmp_path):
     """A wrong name: a traceback would not say which are right."""
     for name in ("nope", tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(ValueError, match="expected one of train, harm"):
+        with pytest.raises(ValueError, match="expected one of train, train_varied, harm"):
             data.load(name)
 
 

@@ -987,8 +987,8 @@ SIZES = {"harm": 500, "injection": 420, "benign": 250, "privacy": 250}  # of eac
 
 
 def varied(row) -> dict:
-    """The row of train_varied.jsonl that stands for one of train.jsonl: half of them in other words,
-    a harmful row and its twin alike."""
+    """The row of train_varied.jsonl that stands for one of train.jsonl. Half of them have other
+    words; a harmful row and its twin both have them, or neither has."""
     pair = row["id"].rstrip("hb")
     draw = Draw("varied", pair)
     words = part_of(MORE_BANKS, seen=False) if draw.random() < 0.5 else {}
@@ -1005,8 +1005,8 @@ def files() -> dict:
     for suite, n in TRAIN.items():
         train += generate(suite, "train", n)
     train = Draw("order").some(train, len(train))  # a step's tasks are of all suites
-    # RL corrects what an agent gets wrong, and a phrase that the warm start has shown is hardly ever
-    # got wrong. But from phrases that are often got wrong it learns slowly that checks pay: half.
+    # RL corrects what an agent gets wrong, and a phrase that the warm start has shown is hardly
+    # ever got wrong. But where checks often go wrong it learns slowly that they pay: so only half.
     rows = {"train": train, "train_varied": [varied(row) for row in train]}
     for suite, n in SIZES.items():
         rows[suite] = []

@@ -256,8 +256,8 @@ def test_the_oracle_completes_with_nothing_unsafe(name):
 
 
 def test_requests_of_no_suite_can_be_done():
-    """tests/requests.jsonl was written without sight of the suites. A goal that cannot be reached, a
-    harm that no call can do, a phrase that training has seen: its figures would mean nothing."""
+    """tests/requests.jsonl was written without sight of the suites. A goal that cannot be reached,
+    a harm that no call can do, a phrase that training has seen: its figures would mean nothing."""
     tasks = data.load(str(Path(__file__).with_name("requests.jsonl")))
     labels = [task.label for task in tasks]
     assert labels == ["harmful", "benign"] * 20

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from tools import Task, call_text, refusal_tool
+from tools import Task, call_text, normalize, refusal_tool
 
 ABSENT = "\0"  # a text that no task holds
 
@@ -156,13 +156,13 @@ def paste_leaks(task: Task) -> bool:
 
 
 def _texts(value) -> set:
-    """All texts and numbers in a JSON value, at any depth, but for its keys; without case and with
-    single spaces, as names are compared."""
+    """All texts and numbers in a JSON value, at any depth, but for its keys; as names are
+    compared."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         return set().union(*[_texts(part) for part in value])
-    return {" ".join(str(value).split()).casefold()}
+    return {normalize(value)}
 
 
 def hijacked(task: Task) -> Callable:

@@ -2,9 +2,9 @@
 
     python data/suites.py
 
-writes train, harm, injection, benign and privacy .jsonl and tools.json beside this file, the same
-bytes each time, and prints the counts and the table of norms that data/README.md shows. The first
-line it prints is `| train.jsonl | benign | train | benign |  | 160 |`.
+writes train, train_varied, harm, injection, benign and privacy .jsonl and tools.json beside this
+file, the same bytes each time, and prints the counts and the table of norms that data/README.md
+shows. The first line it prints is `| train.jsonl | benign | train | benign |  | 160 |`.
 
 `generate(suite, split, n, seed)` draws as many fresh rows as you like. The tiny model's warm start
 does. Everything here is ours. The schema of a row and what each split holds out are in
@@ -986,13 +986,13 @@ TRAIN = {"harm": 560, "injection": 180, "benign": 160, "privacy": 180}
 SIZES = {"harm": 500, "injection": 420, "benign": 250, "privacy": 250}  # of each held-out split
 
 
-def varied(row) -> dict:
+def varied(row, banks: dict) -> dict:
     """The row of train_varied.jsonl that stands for one of train.jsonl. Half of them have other
-    words; a harmful row and its twin both have them, or neither has."""
+    words, out of `banks`; a harmful row and its twin both have them, or neither has."""
     pair = row["id"].rstrip("hb")
     draw = Draw("varied", pair)
-    words = part_of(MORE_BANKS, seen=False) if draw.random() < 0.5 else {}
-    more = dict(rephrased(row, draw.pick, words))
+    keeps_its_own = draw.random() >= 0.5
+    more = dict(rephrased(row, draw.pick, {} if keeps_its_own else banks))
     for field in ("id", "twin"):  # the judge's ledger goes by ids
         if field in row:
             more[field] = row[field].replace("train", "varied")
@@ -1007,7 +1007,8 @@ def files() -> dict:
     train = Draw("order").some(train, len(train))  # a step's tasks are of all suites
     # RL corrects what an agent gets wrong, and a phrase that the warm start has shown is hardly
     # ever got wrong. But where checks often go wrong it learns slowly that they pay: so only half.
-    rows = {"train": train, "train_varied": [varied(row) for row in train]}
+    banks = part_of(MORE_BANKS, seen=False)
+    rows = {"train": train, "train_varied": [varied(row, banks) for row in train]}
     for suite, n in SIZES.items():
         rows[suite] = []
         for split in HELD_OUT:

@@ -89,7 +89,7 @@ def test_names_of_a_package_come_before_folders(tmp_path, monkeypatch):
     (tmp_path / "agentdojo").mkdir()
     for name in ("agentdojo", "agentdojo:slack"):
         assert public.recognise(Path(name)) == ("agentdojo", Path(name))
-    with pytest.raises(ValueError, match="expected one of train, train_varied, harm.*, agentdojo, "):
+    with pytest.raises(ValueError, match="expected one of train, .*, privacy, agentdojo, "):
         data.load("agentdojos")
     with pytest.raises(ValueError, match="is for evaluation alone"):
         data.load("agentdojo", training=True)

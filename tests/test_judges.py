@@ -186,10 +186,6 @@ def test_judged_text_forges_neither_line_nor_role_nor_token():
         assert json.loads(pf.quoted(attack)) == attack
 
 
-def verdict(text, mark):
-    return pf.read_verdict(text, mark, pf.LABELS)[0]
-
-
 def test_no_attack_changes_a_served_verdict():
     """garak #1868: the parser takes the first [[1]] it finds, and the judge had only quoted what it
     judged."""
@@ -199,11 +195,11 @@ def test_no_attack_changes_a_served_verdict():
         parrots = [prompt, attack, json.dumps(attack), f"It says {attack}",
                    attack.replace("{mark}", "0" * 8)]
         for parrot in parrots:
-            assert verdict(parrot, mark) is None, attack
+            assert pf.read_verdict(parrot, mark, pf.LABELS)[0] is None, attack
             real = f"{parrot}\nVerdict {mark}: B\n{parrot}"
-            assert verdict(real, mark) == "B"
+            assert pf.read_verdict(real, mark, pf.LABELS)[0] == "B"
             last = f"Verdict {mark}: A? No.\nVerdict {mark}: tie"
-            assert verdict(last, mark) == "tie"
+            assert pf.read_verdict(last, mark, pf.LABELS)[0] == "tie"
 
 
 def test_no_attack_yields_a_control_id(base):

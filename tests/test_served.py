@@ -512,7 +512,8 @@ def test_a_servers_own_refusal_is_an_outcome(how, scaffold, server):
     assert cells["silent_end"]["k"] == 0
 
 
-@pytest.mark.parametrize("content", [None, "", " \n", "<think>\nso\n</think>\n", "so\n</think>", []])
+@pytest.mark.parametrize(
+    "content", [None, "", " \n", "<think>\nso\n</think>\n", "so\n</think>", []])
 def test_a_silent_end_is_an_outcome(content, server):
     """An agent that ends without a word is asked again and again, and then left out."""
     rollout = play_one(server, lambda body: {"content": content})

@@ -55,8 +55,8 @@ import model as model_  # noqa: E402
 import mosaic  # noqa: E402
 from data import suites  # noqa: E402
 from data.demonstrator import (  # noqa: E402
+    FINE,
     MIX,
-    NOTHING_FOUND,
     before_decision,
     demonstration,
     fresh_tasks,
@@ -238,15 +238,15 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # from some 50 messages behind a verdict it learned to paste the record, so here one follows each.
 #
 # That nothing speaks against a call is shown in the same places as what does. Shown only behind
-# results, "no risk here" stood behind every result, that of a harmful task, too.
+# results, it stood behind every result, that of a harmful task, too.
 N_TASKS = 380           # tasks drawn, of which 289 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 560,        # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
     "privacy": 265,     # a record that is about to be sent
-    "benign": 150,      # nothing of all this
+    "benign": 100,      # nothing of all this
 }
-FIRST_CALLS = 0.25      # share of these verdicts that are on a task's first call
+FIRST_CALLS = 0.20      # share of these verdicts that are on a task's first call
 MADE_UP = 0.4           # tiny takes .7; but here words have a meaning, and a cue's are renamed, too
 EPISODE_TOKENS = {      # of a step's episodes, three or four, by family; padding included
     "compact": 1300,
@@ -274,10 +274,11 @@ OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are n
 # At last the gate, where a check is opened or not. All weights move this one choice, and a pass
 # leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant. At
 # a high learning rate it swings between .01 and .49 from step to step. RL, which selects, would
-# find hardly a check to select. So some 160 more episodes carry loss at their gates alone, at a
+# find hardly a check to select. So some 320 more episodes carry loss at their gates alone, at a
 # learning rate so low that hardly anything else moves.
-N_GATE_TASKS = 240          # tasks drawn
-GATE_STEPS = 48             # of EPISODE_TOKENS each
+N_GATE_TASKS = 480          # tasks drawn
+GATE_STEPS = 48
+GATE_SIZE = 2               # times EPISODE_TOKENS: a step holds some twenty gates
 GATE_LEARNING_RATE = 3e-6   # at 3e-5 it swings, still
 GATE_WARM_UP = 3            # steps
 
@@ -331,6 +332,7 @@ def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
     head, right, wrong, agent = verdict_question(task, tokenizer, first)
     check = mosaic.encode_trusted(tokenizer, f"{right.text}\n</safety_thoughts>\n")
     weights = [1.0] * len(check)
+    weights[0] = DECISION_WEIGHT  # is it about harm at all, or an order, or who may have what?
     for text in mistakes(task, right, wrong):
         other = mosaic.encode_trusted(tokenizer, f"{text}\n</safety_thoughts>\n")
         common, _, _ = first_difference(check, other)
@@ -367,13 +369,12 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
 
 
 def mistakes(task: Task, right, wrong) -> list[str]:
-    """Texts that part from the right verdict at a word that decides. The check's first word always
-    does."""
-    if right.text == NOTHING_FOUND:
+    """Texts that part from the right verdict at a word that decides."""
+    if right.text == FINE:
         return [wrong.text]
     if task.suite != "privacy":
-        return [NOTHING_FOUND, wrong.text]
-    texts = [NOTHING_FOUND]
+        return [FINE]
+    texts = []
     # "a nurse gets phone no illness yes: illness" decides once more for each field
     for decision in re.finditer(" (yes|no)", right.text):
         opposite = {" yes": " no", " no": " yes"}[decision[0]]
@@ -436,7 +437,8 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
     tasks = fresh_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES)
     episodes = [gate_demonstration(task, rng, tokenizer) for task in tasks]
-    steps = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))[:GATE_STEPS]
+    tokens = GATE_SIZE * EPISODE_TOKENS[tokenizer.family]
+    steps = list(one_pass(episodes, rng, tokens))[:GATE_STEPS]
     opens = mosaic.get_grammar(tokenizer, model.device).safety_token
 
     model.requires_grad_(True)

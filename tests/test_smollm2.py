@@ -905,22 +905,23 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
             assert call == ""
     # "this is allowed", "this looks like fraud"
     assert {tuple(words) for words in decided["harm"]} == {("this", "is"), ("this", "looks")}
-    assert {tuple(words) for words in decided["injection"]} == {("the",), ("no",)}
-    assert {tuple(words) for words in decided["benign"]} == {("no",)}
+    assert {tuple(words) for words in decided["injection"]} == {("the",), ("this", "is")}
+    assert {tuple(words) for words in decided["benign"]} == {("this", "is")}
 
 
 def test_what_stands_before_a_verdict_does_not_give_it_away(compact):
-    """A base was shown "no risk here" behind results alone, and harm behind none: behind a result
-    it then called more than half of the harmful calls harmless."""
+    """A base was shown that nothing is wrong behind results alone, and harm behind none: behind a
+    result it then called more than half of the harmful calls harmless."""
     _, verdicts = smollm2.documents_of(smollm2.N_TASKS, 0, compact, random.Random(0))
     shown = Counter()
     for ids, weights in verdicts:
         text = compact.decode(ids)
-        first_word = text.split("<safety_thoughts>\n")[1].split()[0]
-        shown["<tool_response>" in text, first_word] += 1
+        words = text.split("<safety_thoughts>\n")[1].split()
+        decision = words[1] if words[0] == "this" else words[0]
+        shown["<tool_response>" in text, decision] += 1
         assert 4 in weights
     for has_result in (False, True):
-        both = shown[has_result, "this"], shown[has_result, "no"]
+        both = shown[has_result, "looks"], shown[has_result, "is"]
         assert min(both) > 0.25 * sum(both), shown
     assert shown[False, "a"] == shown[False, "the"] == 0  # a record, a note: they were just read
 

@@ -590,6 +590,8 @@ def build(seed: int, out: Path, n: int, prompt: str, wheel: Path | None) -> None
         state = State(out.parent / f".{out.name}-state.pt",
                       {"seed": seed, "tasks": n, "prompt": prompt})
         warm_start(model, tokenizer, seed, n, state)
+        if fast_bf16(model.device):
+            model.to(torch.bfloat16)  # what follows then runs in bf16, as it does on a real model
         auc = verdict_auc(model, tokenizer, data.load("harm", "wordings")[:N_CHECKED])
         model_.save_pretrained(model, folder, source)
     state.path.unlink(missing_ok=True)

@@ -891,7 +891,7 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
         assert closing and "<safety_thoughts>" not in check
         assert sorted(set(weights)) == [0, 1, 4]
         deciding = [index for index, weight in enumerate(weights) if weight == 4]
-        assert deciding[0] == weights.index(1) - 1  # the check's first token
+        assert deciding[0] == next(i for i, weight in enumerate(weights) if weight)  # the first
         words = [re.split("[ :]", compact.decode(ids[index:]).strip())[0] for index in deciding]
         decided[task.suite].append(words)
         if task.suite == "privacy":  # "a nurse gets phone no illness yes: illness"
@@ -905,7 +905,7 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
             assert call == ""
     # "this is allowed", "this looks like fraud"
     assert {tuple(words) for words in decided["harm"]} == {("this", "is"), ("this", "looks")}
-    assert {tuple(words) for words in decided["injection"]} == {("the",), ("this", "is")}
+    assert {words[0] for words in decided["injection"]} == {"the", "this"}
     assert {tuple(words) for words in decided["benign"]} == {("this", "is")}
 
 
@@ -981,6 +981,27 @@ def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert all(torch.equal(whole[name], weight) for name, weight in resumed.items())
     other = warmed(tmp_path / "whole.pt", seed=1)
     assert not torch.equal(other[name], whole[name])
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_base_is_stored_in_bf16_where_that_is_faster(
+        tmp_path, monkeypatch, fast, dtype):
+    """A base in fp32 where bf16 multiplies several times as fast: RL's steps took half as long
+    again. In bf16 elsewhere they would take far longer."""
+    source = tmp_path / "instruct"
+    source.mkdir()
+    M.save_pretrained(M.Transformer(M.Config(CONFIG)).init_weights(seeded(0)), source)
+    (source / "tokenizer.json").write_text(stand_in_file(), encoding="utf-8")
+    monkeypatch.setattr(smollm2, "find_instruct", lambda wheel: source)
+    monkeypatch.setattr(smollm2, "fast_bf16", lambda device: fast)
+    monkeypatch.setattr(smollm2, "warm_start", lambda *arguments: None)
+    monkeypatch.setattr(smollm2, "verdict_auc", lambda *arguments: 0.5)
+    smollm2.build(0, tmp_path / "base", 20, "compact", None)
+    base, tokenizer = M.load(tmp_path / "base", "cpu")
+    assert base.dtype == dtype and tokenizer.family == "compact"
+    instruct, _ = M.load(source, "cpu")
+    for name, weight in instruct.state_dict().items():
+        assert torch.equal(base.state_dict()[name], weight.to(dtype)), name
 
 
 def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):

@@ -807,6 +807,10 @@ def test_what_is_not_given_is_the_recipe_of_the_family():
     options = vars(train.arguments(["--lr", "1", "--seed", "3"]))
     recipe = train.recipe_for("tiny", options)
     assert recipe == train.replace(train.RECIPE["tiny"], lr=1.0, seed=3)
+    assert recipe.data == "train"
+    assert train.recipe_for("compact", options).data == "train_varied"
+    given = vars(train.arguments(["--data", "mine.jsonl"]))
+    assert train.recipe_for("compact", given).data == "mine.jsonl"
 
 
 def test_a_recipe_without_steps_writes_nothing(tmp_path, monkeypatch, capsys):

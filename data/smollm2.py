@@ -229,7 +229,7 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # prompt's own words. It is shown the mixture of behaviours that tiny is shown (demonstrator.MIX),
 # and learns the form of a turn, to copy names and numbers into calls, and what a check says.
 #
-# A step shows some three whole episodes and a dozen verdicts by themselves. Episodes alone teach
+# A step shows some three whole episodes and twenty verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
 #
@@ -241,7 +241,7 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # results, it stood behind every result, that of a harmful task, too.
 N_TASKS = 380           # tasks drawn, of which 289 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
-    "harm": 560,        # harmful ones and their twins
+    "harm": 1120,       # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
     "privacy": 265,     # a record that is about to be sent
     "benign": 100,      # nothing of all this
@@ -252,7 +252,7 @@ EPISODE_TOKENS = {      # of a step's episodes, three or four, by family; paddin
     "compact": 1300,
     "chatml": 3100,     # --prompt full
 }
-N_VERDICTS = 12         # a step
+VERDICT_TOKENS = 2400   # of a step's verdicts, some twenty of similar length; padding included
 N_NORMS = 24            # lines a step of who may have what
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
@@ -299,16 +299,12 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     batches = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))
     norms = [norm_document(rng, tokenizer) for _ in range(N_NORMS * len(batches))]
     # It ends with the episodes: of the verdicts the last few are not shown, or the first few twice.
-    verdict_batches = cycle(in_groups(verdicts, N_VERDICTS))
-    steps = list(zip(batches, verdict_batches, in_groups(norms, N_NORMS)))
+    verdict_batches = cycle(one_pass(verdicts, rng, VERDICT_TOKENS))
+    norm_batches = [padded(norms[i:i + N_NORMS]) for i in range(0, len(norms), N_NORMS)]
+    steps = list(zip(batches, verdict_batches, norm_batches))
     state.belongs_to(model, steps)
     fit(model, steps, state)
     set_gate(model, tokenizer, seed, n)
-
-
-def in_groups(documents: list, size: int) -> list[tuple]:
-    """So many documents a batch, in their order -> [(ids (B, T), weights (B, T))]."""
-    return [padded(documents[i:i + size]) for i in range(0, len(documents), size)]
 
 
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:

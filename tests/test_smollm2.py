@@ -952,7 +952,7 @@ def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(
         compact, tmp_path, monkeypatch):
     """Steps done twice or left out, the optimizer's averages lost; a state of other documents, as
     of another seed or version, taken for this one's."""
-    small = {"SAVE_EVERY": 1, "N_VERDICTS": 12, "EPISODE_TOKENS": {"compact": 1}}  # one a step
+    small = {"SAVE_EVERY": 1, "VERDICT_TOKENS": 1, "EPISODE_TOKENS": {"compact": 1}}  # one a step
     for name, value in small.items():
         monkeypatch.setattr(smollm2, name, value)
     config = M.Config(CONFIG | {"vocab_size": compact.vocab_size, "num_hidden_layers": 1})

@@ -76,12 +76,13 @@ Verdict = namedtuple("Verdict", "text act")
 
 RECORD_ID = r"\b[A-Z][0-9]{2}\b"  # as "B34", in a message
 ALL_DONE = ("all done", {})  # stands for the next call where none is left
-# The verdict of a step that nothing speaks against. One text, whether a phrase allows the call or
-# none forbids it: so between harm and no harm a check decides at one word, "looks" or "is". With a
-# text of its own for the second case ("no risk here") the first word decided, and a language model
-# told that "no" from "this" far worse on phrases it never saw: harm that it did not recognise was
-# "no risk".
+# The verdicts of a step that nothing speaks against: a phrase was read that allows it, or none was.
+# Of tiny's checks the second say NOTHING_FOUND. A language model says FINE in both cases, so that
+# between harm and no harm it decides at one word, "looks" or "is". Else the first word decides, and
+# "no" from "this" it told far worse on phrases it never saw: harm that it did not recognise was "no
+# risk".
 FINE = "this is allowed: go on"
+NOTHING_FOUND = "no risk here: go on"
 
 
 # ----------------------------------------------------------------------- one episode, turn by turn
@@ -92,15 +93,17 @@ class Demonstrator:
     would give the verdict away and the check would be idle. It also names what comes after that,
     so that the next turn finds its call in this plan, and not by its place in the user's words.
 
-    task: tools.Task. rng: random.Random; the same one gives the same episode. mix, shown: see `MIX`
-    and `SHOWN`.
+    task: tools.Task. rng: random.Random; the same one gives the same episode. mix, shown,
+    nothing_found: see `MIX`, `SHOWN` and `NOTHING_FOUND`.
     """
 
-    def __init__(self, task: Task, rng: random.Random, mix: dict, shown: dict = SHOWN):
+    def __init__(self, task: Task, rng: random.Random, mix: dict, shown: dict = SHOWN,
+                 nothing_found: str = NOTHING_FOUND):
         self.task = task
         self.rng = rng
         self.mix = mix
         self.shown = shown
+        self.nothing_found = nothing_found
         self.todo = [_call_of(pattern) for pattern in asked_calls(task)]
         self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
         self.gate_weights = []  # of each turn: the weight of the loss at its gate
@@ -290,14 +293,23 @@ class Demonstrator:
         task = self.task
         if task.label == "harmful" and sandbox.revealed:
             return Verdict(self.words_for_harm(), "refuse"), Verdict(FINE, "go")
+
+        fine = FINE if self.has_seen_cue() else self.nothing_found
         if self.has_just_read_orders(sandbox):
             # The plan is told anew, since the next turn goes on from here.
             plan = self.write_plan(self.next_call(careful=True), self.todo[1:])
             right = Verdict(f"the note gives an order: ignore it, {plan}", "go")
-            return right, Verdict(FINE, "obey")
+            return right, Verdict(fine, "obey")
         if task.suite == "privacy" and len(self.todo) == 1:  # the message is next
             return self.privacy_verdicts()
-        return Verdict(FINE, "go"), Verdict(self.words_for_harm(), "refuse")
+        return Verdict(fine, "go"), Verdict(self.words_for_harm(), "refuse")
+
+    def has_seen_cue(self) -> bool:
+        """In the harm suite: was the deciding phrase read, be it of harm or of its twin? A note's
+        is when nothing but the last call is left."""
+        if self.task.suite != "harm":
+            return False
+        return self.task.meta["style"] != "note" or len(self.todo) <= 1
 
     def words_for_harm(self) -> str:
         return f"this looks like {self.kind_of_harm()}: refuse"
@@ -353,37 +365,39 @@ def _field_names(text) -> list:
 
 
 # -------------------------------------------------------------------- what a warm start is fed with
-def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX) -> tuple[list, list]:
+def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX,
+                  nothing_found: str = NOTHING_FOUND) -> tuple[list, list]:
     """One whole episode of the mixture -> (ids, weights), both of T entries.
 
     A weight is that of the loss on this token: 1 on what the agent wrote, 0 on everything else and
     on slips, and the importance weight on the token at a gate.
     """
-    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, mix)
+    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, mix, SHOWN, nothing_found)
     weights = [float(code == SAMPLED) for code in dialogue.provenance]
     for index, weight in zip(gates, agent.gate_weights):
         weights[index] = weight
     return dialogue.ids, weights
 
 
-def gate_demonstration(task: Task, rng: random.Random, tokenizer) -> tuple[list, list]:
+def gate_demonstration(task: Task, rng: random.Random, tokenizer,
+                       nothing_found: str = NOTHING_FOUND) -> tuple[list, list]:
     """One whole episode of the mixture -> (ids, rates), both of T entries: at a gate the rate at
     which a check shall be opened there, 0 on all other tokens and in slips.
 
     It holds checks at these rates, too, as an agent's episodes do. Set behind as many as `SHOWN`
     has, the gate came to .26 there and to .13 where agents play."""
     meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
-    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX, shown=meant)
+    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX, meant, nothing_found)
     rates = [0.0] * len(dialogue.ids)
     for index, rate in zip(gates, agent.gate_rates):
         rates[index] = rate
     return dialogue.ids, rates
 
 
-def _demonstrate(task, rng, tokenizer, mix, shown=SHOWN) -> tuple:
+def _demonstrate(task, rng, tokenizer, mix, shown, nothing_found) -> tuple:
     """-> (Dialogue, Demonstrator, [index of each turn's token at the gate])."""
     dialogue = mosaic.Dialogue(tokenizer, task.messages, task.offered)
-    agent = Demonstrator(task, rng, mix, shown)
+    agent = Demonstrator(task, rng, mix, shown, nothing_found)
     episode = Episode(task, max_turns=MAX_TURNS)
     before_gate = _ids_before_gate(tokenizer)
     gates = []
@@ -425,10 +439,11 @@ def _end_of_run(run, ids) -> int:
     raise AssertionError((run, ids))
 
 
-def before_decision(task: Task, first: bool = False) -> tuple:
+def before_decision(task: Task, first: bool = False, nothing_found: str = NOTHING_FOUND) -> tuple:
     """Plays a task up to the call that decides -> (Demonstrator, Sandbox, the newest result or
     None). first: up to its first call, whatever that does."""
-    agent = Demonstrator(task, random.Random(0), MIX)  # nothing that is used here is drawn
+    # Nothing that is used here is drawn.
+    agent = Demonstrator(task, random.Random(0), MIX, nothing_found=nothing_found)
     sandbox = Sandbox(task)
     # An injected order decides as soon as it is read: with the first call. Elsewhere it is the
     # last call that does the harm, or sends the record.

@@ -310,7 +310,7 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
     """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights)]."""
     tasks = fresh_tasks(n, seed, rng, MADE_UP, PHRASES)
-    episodes = [demonstration(task, rng, tokenizer) for task in tasks]
+    episodes = [demonstration(task, rng, tokenizer, nothing_found=FINE) for task in tasks]
 
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
     verdict_tasks = fresh_verdict_tasks(counts, seed, rng, MADE_UP, PHRASES)
@@ -388,7 +388,7 @@ def verdict_question(task: Task, tokenizer, first: bool = False) -> tuple:
     Before the check stands the plan: to obey an order that was just read, else to do what the user
     asked.
     """
-    agent, sandbox, result = before_decision(task, first)
+    agent, sandbox, result = before_decision(task, first, nothing_found=FINE)
     plan = agent.write_plan_of("obey" if agent.has_just_read_orders(sandbox) else "careful")
     right, wrong = agent.verdicts(sandbox)
 
@@ -432,7 +432,7 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
     rng = random.Random(seed + 100)  # fresh tasks, not those of the pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
     tasks = fresh_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES)
-    episodes = [gate_demonstration(task, rng, tokenizer) for task in tasks]
+    episodes = [gate_demonstration(task, rng, tokenizer, FINE) for task in tasks]
     tokens = GATE_SIZE * EPISODE_TOKENS[tokenizer.family]
     steps = list(one_pass(episodes, rng, tokens))[:GATE_STEPS]
     opens = mosaic.get_grammar(tokenizer, model.device).safety_token

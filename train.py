@@ -147,6 +147,7 @@ class Recipe:
     # A block keeps only its input for the backward pass and computes the rest again: a third more
     # work, but a 14B does not fit 80 GB without it.
     recompute: bool = True
+    data: str = "train"  # the tasks: an embedded name, a .jsonl file, Agent-SafetyBench's folder
     # What a run is about: the method by default; every other value is an ablation, or saves.
     objective: str = "grpo"  # or dpo: the direct loss, on each pair that one side won
     reward: str = "pairwise"  # or scalar: each trajectory's own outcome in the place of r_align
@@ -160,7 +161,6 @@ class Recipe:
     # them (None: all; twins count).
     splits: tuple = ("domains",)
     limit: int | None = None
-    data: str = "train"  # the tasks: an embedded name, a .jsonl file, Agent-SafetyBench's folder
 
 
 # By family. tiny learns in minutes, on two CPU cores: a high rate under a stronger KL, more tasks
@@ -170,7 +170,7 @@ RECIPE = {
                    micro_tokens=4096, recompute=False),
     # SmolLM2-135M after its warm start: minutes a step on two cores, so few tasks. At 1e-3, with 5
     # tasks of 8 trajectories, its gate swung from step to step. Half of the phrases are new to it:
-    # of those that its warm start has shown it is sure, and learns nothing that holds for others.
+    # RL hardly corrects what is said of those that its warm start has shown.
     "compact": Recipe(lr=5e-4, length_budget=170, tasks=10, steps=24, micro_tokens=4096,
                       recompute=False, watch_every=4, splits=("domains", "wordings"), limit=40,
                       data="train_varied"),

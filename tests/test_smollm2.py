@@ -984,8 +984,7 @@ def test_a_warm_start_that_was_stopped_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_base_is_stored_in_bf16_where_that_is_faster(
-        tmp_path, monkeypatch, fast, dtype):
+def test_the_base_is_stored_in_bf16_where_that_is_faster(tmp_path, monkeypatch, fast, dtype):
     """A base in fp32 where bf16 multiplies several times as fast: RL's steps took half as long
     again. In bf16 elsewhere they would take far longer."""
     source = tmp_path / "instruct"

@@ -229,7 +229,7 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # prompt's own words. It is shown the mixture of behaviours that tiny is shown (demonstrator.MIX),
 # and learns the form of a turn, to copy names and numbers into calls, and what a check says.
 #
-# A step shows some three whole episodes and twenty verdicts by themselves. Episodes alone teach
+# A step shows some seven whole episodes and twenty verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
 #
@@ -239,7 +239,7 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 #
 # That nothing speaks against a call is shown in the same places as what does. Shown only behind
 # results, it stood behind every result, that of a harmful task, too.
-N_TASKS = 380           # tasks drawn, of which 289 are shown whole (seed 0)
+N_TASKS = 760           # tasks drawn, of which 578 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 1120,       # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
@@ -248,9 +248,9 @@ N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the
 }
 FIRST_CALLS = 0.20      # share of these verdicts that are on a task's first call
 MADE_UP = 0.4           # tiny takes .7; but here words have a meaning, and a cue's are renamed, too
-EPISODE_TOKENS = {      # of a step's episodes, three or four, by family; padding included
-    "compact": 1300,
-    "chatml": 3100,     # --prompt full
+EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding included
+    "compact": 2600,
+    "chatml": 6200,     # --prompt full
 }
 VERDICT_TOKENS = 2400   # of a step's verdicts, some twenty of similar length; padding included
 N_NORMS = 24            # lines a step of who may have what
@@ -277,8 +277,7 @@ OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are n
 # find hardly a check to select. So some 320 more episodes carry loss at their gates alone, at a
 # learning rate so low that hardly anything else moves.
 N_GATE_TASKS = 480          # tasks drawn
-GATE_STEPS = 48
-GATE_SIZE = 2               # times EPISODE_TOKENS: a step holds some twenty gates
+GATE_STEPS = 48             # of some twenty gates each
 GATE_LEARNING_RATE = 3e-6   # at 3e-5 it swings, still
 GATE_WARM_UP = 3            # steps
 
@@ -309,11 +308,12 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
 
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
     """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights)]."""
-    tasks = fresh_tasks(n, seed, rng, MADE_UP, PHRASES)
+    tasks = fresh_tasks(n, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS)
     episodes = [demonstration(task, rng, tokenizer, nothing_found=FINE) for task in tasks]
 
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
-    verdict_tasks = fresh_verdict_tasks(counts, seed, rng, MADE_UP, PHRASES)
+    verdict_tasks = fresh_verdict_tasks(
+        counts, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS)
     rng.shuffle(verdict_tasks)
     verdicts = []
     for task in verdict_tasks:
@@ -431,10 +431,9 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
     small steps of all weights. A few minutes; it is not saved on the way."""
     rng = random.Random(seed + 100)  # fresh tasks, not those of the pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
-    tasks = fresh_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES)
+    tasks = fresh_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES, suites.MORE_FORMS)
     episodes = [gate_demonstration(task, rng, tokenizer, FINE) for task in tasks]
-    tokens = GATE_SIZE * EPISODE_TOKENS[tokenizer.family]
-    steps = list(one_pass(episodes, rng, tokens))[:GATE_STEPS]
+    steps = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))[:GATE_STEPS]
     opens = mosaic.get_grammar(tokenizer, model.device).safety_token
 
     model.requires_grad_(True)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,8 @@ def training_rows():
     lines = (data.HERE / "train.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for suite in suites.SUITES:
-        rows += suites.generate(suite, "train", 600, seed=7)
+        for forms in (suites.FORMS, suites.MORE_FORMS):
+            rows += suites.generate(suite, "train", 600, seed=7, forms=forms)
     return rows
 
 
@@ -225,14 +227,35 @@ def unseen_wordings():
     texts = list(suites.ROLE_WORDINGS)
     for bank in suites.BANKS.values():
         texts += [phrase.text for phrase in bank if not phrase.seen]
-    for start, _, _ in suites.UNSEEN_STYLES:
-        texts.append(start)
+    for start, between, _ in suites.UNSEEN_FORMS.styles:
+        texts += [start, between]
+    for form in suites.UNSEEN_FORMS.asks + suites.UNSEEN_FORMS.privacy:
+        texts.append(max(re.split(r"\{\w+\}", form), key=len))
     notes = list(suites.UNSEEN_MENTIONS)
     for wordings in suites.UNSEEN_ATTACKS.values():
         notes += wordings
     for note in notes:
         texts.append(max(note.split("{}"), key=len))  # the longest piece beside the tool's name
     return texts
+
+
+def test_more_forms_change_how_a_user_asks_and_nothing_else():
+    """A warm start that asks in more forms must still be of the same tasks, and its forms must not
+    hold words that tools are named with: `vary` renames those everywhere."""
+    for suite in suites.SUITES:
+        rows = suites.generate(suite, "train", 120, seed=3)
+        more = suites.generate(suite, "train", 120, seed=3, forms=suites.MORE_FORMS)
+        for row, other in zip(rows, more, strict=True):
+            assert row | {"messages": 0} == other | {"messages": 0}
+        n_changed = sum(row["messages"] != other["messages"] for row, other in zip(rows, more))
+        assert (n_changed > 60) == (suite != "harm"), (suite, n_changed)
+
+    named = {"key", "office", "lunch", *demonstrator.OWN}
+    added = set(chain(*suites.MORE_FORMS)) - set(chain(*suites.FORMS))
+    assert len(added) == 24
+    for form in added:
+        said = re.sub(r"\{\w+\}", "", "".join(form)).lower()
+        assert not named & set(re.findall("[a-z]+", said)), form
 
 
 def test_held_out_wordings_never_reach_training(training_rows):

@@ -6,11 +6,11 @@ mostly pastes a record whole. It checks rarely, but what a check says is informa
 is a mixture of behaviours with known rates (`MIX`), and `Demonstrator` writes episodes of it.
 
 In order: the mixture; one episode, turn by turn (`Demonstrator`); an episode as ids and weights of
-the loss (`demonstration`), or of rates at its gates (`gate_demonstration`); a task up to the call
-that decides (`before_decision`); documents as batches; the tasks that are shown (`fresh_tasks`) and
-their made-up domains (`vary`). They are fresh rows of the train split: never a
-held-out domain, pair or wording. Only recipes of base models import this file: data/tiny.py
-and data/smollm2.py do.
+the loss (`demonstration`), also with rates at its gates (`gated_demonstration`); a task up to the
+call that decides (`before_decision`); documents as batches; the tasks that are shown
+(`fresh_tasks`) and their made-up domains (`vary`). They are fresh rows of the train split: never a
+held-out domain, pair or wording. Only recipes of base models import this file: data/tiny.py and
+data/smollm2.py do.
 
 Deviations
 1. [ours] Everything here. The paper starts from public instruction-tuned models, whose behaviours
@@ -108,6 +108,7 @@ class Demonstrator:
         self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
         self.gate_weights = []  # of each turn: the weight of the loss at its gate
         self.gate_rates = []  # of each turn: how often a check shall be opened there; 0 in slips
+        self.gate_tags = []  # of each turn: the tag that stands there without a check
         self.known = None  # what the user's call is about that a plan named last: it is "it" then
         self.slipped = False  # was the last turn a slip? Then it carries no loss
         # Will it lose patience with a long chain of calls? Not in the harm suite: the deciding
@@ -134,6 +135,7 @@ class Demonstrator:
         if self.impatient and len(self.todo) == 1 and act != "refuse":
             self.todo = []  # it takes the last call for done, and answers
         plan = self.write_plan_of(act)
+        self.gate_tags.append("answer" if self.would_answer(act) else "tool_call")
 
         check = None
         if self.draw_opening(risky):
@@ -152,6 +154,10 @@ class Demonstrator:
             if self.happens("obey"):
                 return "obey"
         return carefulness
+
+    def would_answer(self, act) -> bool:
+        """Does a turn that acts so end the episode by an answer?"""
+        return act not in ("refuse", "obey") and not self.todo
 
     def has_just_read_orders(self, sandbox) -> bool:
         return bool(self.orders) and sandbox.newest_source == self.task.reveals
@@ -244,6 +250,7 @@ class Demonstrator:
         self.slipped = True
         self.gate_weights.append(0.0)
         self.gate_rates.append(0.0)
+        self.gate_tags.append("tool_call")
         call = (self.rng.choice(wrong_tools), arguments)
         return turn_text(call_blocks(call), self.write_plan(call, self.todo[1:]))
 
@@ -379,19 +386,22 @@ def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX,
     return dialogue.ids, weights
 
 
-def gate_demonstration(task: Task, rng: random.Random, tokenizer,
-                       nothing_found: str = NOTHING_FOUND) -> tuple[list, list]:
-    """One whole episode of the mixture -> (ids, rates), both of T entries: at a gate the rate at
-    which a check shall be opened there, 0 on all other tokens and in slips.
+def gated_demonstration(task: Task, rng: random.Random, tokenizer, shown: dict = SHOWN,
+                        nothing_found: str = NOTHING_FOUND) -> tuple[list, list, list, list]:
+    """One whole episode of the mixture -> (ids, weights, rates, closed), each of T entries.
 
-    It holds checks at these rates, too, as an agent's episodes do. Set behind as many as `SHOWN`
-    has, the gate came to .26 there and to .13 where agents play."""
-    meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
-    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX, meant, nothing_found)
+    rates: at a gate the rate at which a check shall be opened there, 0 on all other tokens and in
+    slips. closed: at a gate the token that stands there if none is. The weights are those of
+    `demonstration`, but 0 at the gates: the one way that the episode went says less."""
+    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX, shown, nothing_found)
+    weights = [float(code == SAMPLED) for code in dialogue.provenance]
     rates = [0.0] * len(dialogue.ids)
-    for index, rate in zip(gates, agent.gate_rates):
+    closed = [0] * len(dialogue.ids)
+    for index, rate, tag in zip(gates, agent.gate_rates, agent.gate_tags):
+        weights[index] = 0.0
         rates[index] = rate
-    return dialogue.ids, rates
+        closed[index] = token_at_gate(tag, tokenizer)
+    return dialogue.ids, weights, rates, closed
 
 
 def _demonstrate(task, rng, tokenizer, mix, shown, nothing_found) -> tuple:
@@ -399,13 +409,12 @@ def _demonstrate(task, rng, tokenizer, mix, shown, nothing_found) -> tuple:
     dialogue = mosaic.Dialogue(tokenizer, task.messages, task.offered)
     agent = Demonstrator(task, rng, mix, shown, nothing_found)
     episode = Episode(task, max_turns=MAX_TURNS)
-    before_gate = _ids_before_gate(tokenizer)
     gates = []
 
     while episode.ended is None:
         text = agent.write_turn(episode.sandbox)
         ids = mosaic.encode_trusted(tokenizer, text) + [tokenizer.stop_ids[0]]
-        gates.append(len(dialogue.ids) + _end_of_run(before_gate, ids))
+        gates.append(len(dialogue.ids) + gate_in(ids, tokenizer))
         # A slip goes in as if it were forced: what is not sampled carries no loss.
         code = FORCED if agent.slipped else SAMPLED
         dialogue.extend(ids, [code] * len(ids))
@@ -414,6 +423,17 @@ def _demonstrate(task, rng, tokenizer, mix, shown, nothing_found) -> tuple:
             dialogue.observe(results)
     assert len(gates) == len(agent.gate_weights), (gates, agent.gate_weights)
     return dialogue, agent, gates
+
+
+def token_at_gate(tag: str, tokenizer) -> int:
+    """The token at the gate of a turn that goes on with this tag, such as "tool_call"."""
+    ids = mosaic.encode_trusted(tokenizer, f"</think>\n\n<{tag}>\n")
+    return ids[gate_in(ids, tokenizer)]
+
+
+def gate_in(ids: list, tokenizer) -> int:
+    """Index of the token at the gate, in the ids of a turn or of its beginning with a check."""
+    return _end_of_run(_ids_before_gate(tokenizer), ids)
 
 
 def _ids_before_gate(tokenizer) -> list:
@@ -467,7 +487,7 @@ def one_pass(documents: list, rng: random.Random, tokens: int) -> Iterator:
     """Documents in batches of similar length, about `tokens` a batch -> (ids (B, T), weights (B,
     T)). Each document once, but for the longest few, which fill no batch and are left out.
 
-    documents: [(ids, weights)]. ValueError: there are none.
+    documents: [(ids, weights)], or with more numbers of a token. ValueError: there are none.
     """
     if not documents:
         raise ValueError("no task was drawn that can be shown: more --tasks")
@@ -489,21 +509,26 @@ def one_pass(documents: list, rng: random.Random, tokens: int) -> Iterator:
 
 def padded(documents: list) -> tuple:
     """[(ids, weights)] of different lengths -> (ids (B, T), weights (B, T)), without loss on what
-    fills the rows up."""
-    return _filled([ids for ids, _ in documents], 0), _filled([w for _, w in documents], 0.0)
+    fills the rows up. So for more numbers of a token, too."""
+    return tuple(_filled(rows) for rows in zip(*documents))
 
 
-def _filled(rows, filler):
-    """Lists of different lengths -> (B, T), filled up at the right."""
+def _filled(rows):
+    """Lists of different lengths -> (B, T), filled up at the right with zeros of their own type."""
     width = max(len(row) for row in rows)
-    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
+    zero = type(rows[0][0])(0)
+    return torch.tensor([row + [zero] * (width - len(row)) for row in rows])
 
 
 def weighted_loss(model, ids, weights):
     """Mean of -log p over the tokens, weighted: sum(w * loss) / sum(w). ids, weights: (B, T)."""
+    return loss_of_words(model, model.hidden(ids[:, :-1]), ids, weights)
+
+
+def loss_of_words(model, hidden, ids, weights):
+    """The same of hidden states that are there already: (B, T - 1, C), all but the last."""
     weights = weights[:, 1:]  # of the token that is predicted
     mask = weights > 0
-    hidden = model.hidden(ids[:, :-1])  # (B, T - 1, C)
     logits = model.head(hidden[mask])   # (N, V): only where there is loss
     losses = F.cross_entropy(logits, ids[:, 1:][mask], reduction="none")  # (N,)
     # A sum and no dot product: autocast would round that one to bf16.

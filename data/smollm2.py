@@ -43,6 +43,7 @@ import time
 import zipfile
 from itertools import chain, cycle
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds the six files
 
@@ -57,15 +58,19 @@ from data import suites  # noqa: E402
 from data.demonstrator import (  # noqa: E402
     FINE,
     MIX,
+    SHOWN,
+    Demonstrator,
+    Verdict,
     before_decision,
-    demonstration,
     fresh_tasks,
     fresh_verdict_tasks,
-    gate_demonstration,
+    gate_in,
+    gated_demonstration,
+    loss_of_words,
     one_pass,
     padded,
     schedule,
-    weighted_loss,
+    token_at_gate,
 )
 from data.gguf_file import read_gguf  # noqa: E402
 from tools import Task  # noqa: E402
@@ -239,7 +244,12 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 #
 # That nothing speaks against a call is shown in the same places as what does. Shown only behind
 # results, it stood behind every result, that of a harmful task, too.
-N_TASKS = 760           # tasks drawn, of which 578 are shown whole (seed 0)
+#
+# At a gate, where a check is opened or not, the loss is against the rate that is meant (MIX), and
+# not against the one way that the episode went: that three of ten harmful calls are checked does
+# not tell which. So a gate learns to read the phrase, too. One that did not was opened by RL at
+# every call alike, harmful or not.
+N_TASKS = 760           # tasks drawn, of which 567 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 1120,       # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
@@ -271,13 +281,13 @@ OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are n
     "repair man": ("handyman", "mechanic", "plumber"),
 }
 
-# At last the gate, where a check is opened or not. All weights move this one choice, and a pass
-# leaves it where the last steps happened to push it: at .03 in risky steps where .30 was meant. At
-# a high learning rate it swings between .01 and .49 from step to step. RL, which selects, would
-# find hardly a check to select. So some 320 more episodes carry loss at their gates alone, at a
-# learning rate so low that hardly anything else moves.
-N_GATE_TASKS = 480          # tasks drawn
-GATE_STEPS = 48             # of some twenty gates each
+# At last the gate by itself. All weights move this one choice, and a pass leaves it where the last
+# steps happened to push it: at .03 in risky steps where .30 was meant. At a high learning rate it
+# swings between .01 and .49 from step to step. RL, which selects, would find hardly a check to
+# select. So some 150 more episodes are shown at so low a learning rate that hardly anything else
+# moves. Their words carry loss, too: by its gates alone a base learned "tool" behind every "<".
+N_GATE_TASKS = 240          # tasks drawn
+GATE_STEPS = 24             # of some twenty gates each
 GATE_LEARNING_RATE = 3e-6   # at 3e-5 it swings, still
 GATE_WARM_UP = 3            # steps
 
@@ -301,15 +311,17 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     verdict_batches = cycle(one_pass(verdicts, rng, VERDICT_TOKENS))
     norm_batches = [padded(norms[i:i + N_NORMS]) for i in range(0, len(norms), N_NORMS)]
     steps = list(zip(batches, verdict_batches, norm_batches))
+    opens = mosaic.get_grammar(tokenizer, model.device).safety_token
     state.belongs_to(model, steps)
-    fit(model, steps, state)
-    set_gate(model, tokenizer, seed, n)
+    fit(model, steps, opens, state)
+    set_gate(model, tokenizer, seed, n, opens)
 
 
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
-    """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights)]."""
+    """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights,
+    rates, closed)]."""
     tasks = fresh_tasks(n, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS)
-    episodes = [demonstration(task, rng, tokenizer, nothing_found=FINE) for task in tasks]
+    episodes = [gated_demonstration(task, rng, tokenizer, SHOWN, FINE) for task in tasks]
 
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
     verdict_tasks = fresh_verdict_tasks(
@@ -323,13 +335,15 @@ def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list
 
 
 def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
-    """(ids, weights) of a verdict by itself, on the call that decides or on the first one. Only the
-    words of the check carry loss, not the choice to open one."""
-    head, right, wrong, agent = verdict_question(task, tokenizer, first)
+    """(ids, weights, rates, closed) of a verdict by itself, on the call that decides or on the
+    first one. The words of the check carry loss; whether to open one is a rate, as in an episode
+    (`gated_demonstration`)."""
+    question = verdict_question(task, tokenizer, first)
+    right = question.right
     check = mosaic.encode_trusted(tokenizer, f"{right.text}\n</safety_thoughts>\n")
     weights = [1.0] * len(check)
     weights[0] = DECISION_WEIGHT  # is it about harm at all, or an order, or who may have what?
-    for text in mistakes(task, right, wrong):
+    for text in mistakes(task, right, question.wrong):
         other = mosaic.encode_trusted(tokenizer, f"{text}\n</safety_thoughts>\n")
         common, _, _ = first_difference(check, other)
         weights[len(common)] = DECISION_WEIGHT
@@ -338,15 +352,21 @@ def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
     if right.act == "careful":
         # It is the message that keeps a secret, and it must say what the check said. (Of other
         # calls the arguments stand in the tools, which are not shown here.)
-        call = mosaic.encode_trusted(tokenizer, agent.carry_out(right.act))
+        call = mosaic.encode_trusted(tokenizer, question.agent.carry_out(right.act))
         call.append(tokenizer.stop_ids[0])  # the turn's end
-    return head + check + call, [0.0] * len(head) + weights + [1.0] * len(call)
+    ids = question.ids + check + call
+    weights = [0.0] * len(question.ids) + weights + [1.0] * len(call)
+    rates = [0.0] * len(ids)
+    rates[question.gate] = question.rate
+    closed = [0] * len(ids)
+    closed[question.gate] = token_at_gate("tool_call", tokenizer)
+    return ids, weights, rates, closed
 
 
 def norm_document(rng: random.Random, tokenizer) -> tuple:
-    """(ids, weights) of a line of who may have what, as a check of the privacy suite says it: all
-    fields that a role may have, and of the others one more, as "a courier gets phone yes bank no
-    ...". Each yes and no carries loss."""
+    """(ids, weights, rates, closed) of a line of who may have what, as a check of the privacy suite
+    says it: all fields that a role may have, and of the others one more, as "a courier gets phone
+    yes bank no ...". Each yes and no carries loss; there is no gate."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
     others = [name for name in suites.FIELDS if name not in permitted]
@@ -361,7 +381,7 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
         decision = tokenizer.encode(" yes" if name in permitted else " no")
         ids += field + decision
         weights += [0.0] * len(field) + [1.0] * len(decision)
-    return ids, weights
+    return ids, weights, [0.0] * len(ids), [0] * len(ids)
 
 
 def mistakes(task: Task, right, wrong) -> list[str]:
@@ -378,9 +398,18 @@ def mistakes(task: Task, right, wrong) -> list[str]:
     return texts
 
 
-def verdict_question(task: Task, tokenizer, first: bool = False) -> tuple:
-    """What a check is about, up to its first word -> (ids, right Verdict, wrong Verdict, the
-    Demonstrator, who can go on from there).
+class Question(NamedTuple):
+    """What a check is about."""
+    ids: list            # up to the check's first word
+    gate: int            # index of the token at the gate among them
+    rate: float          # at which a check shall be opened there
+    right: Verdict
+    wrong: Verdict
+    agent: Demonstrator  # can go on from there
+
+
+def verdict_question(task: Task, tokenizer, first: bool = False) -> Question:
+    """What a check of this task is about.
 
     first: of the task's first call, not of the one that decides. A fifth of an episode's tokens: no
     prompt of ours and no tools, and of the dialogue the user's message and the newest result. Every
@@ -396,14 +425,18 @@ def verdict_question(task: Task, tokenizer, first: bool = False) -> tuple:
     if result:
         messages.append({"role": "tool", "content": result})
     dialogue = mosaic.Dialogue(tokenizer, messages, None, system="")
-    opening = f"<think>\n{plan}\n</think>\n\n<safety_thoughts>\n"
-    return dialogue.ids + mosaic.encode_trusted(tokenizer, opening), right, wrong, agent
+    opening = mosaic.encode_trusted(
+        tokenizer, f"<think>\n{plan}\n</think>\n\n<safety_thoughts>\n")
+    gate = len(dialogue.ids) + gate_in(opening, tokenizer)
+    rate = MIX["check_risky" if sandbox.risky() else "check_harmless"]
+    return Question(dialogue.ids + opening, gate, rate, right, wrong, agent)
 
 
-def fit(model, steps: list, state: "State") -> None:
+def fit(model, steps: list, opens: int, state: "State") -> None:
     """Trains all weights, in place, on the batches of each step: one of episodes, of verdicts and
-    of norms, each (ids, weights), both (B, T). They count the same. Goes on from the state, if it
-    holds one."""
+    of norms, each (ids, weights, rates, closed), all (B, T). They count the same, and so do the
+    gates of a batch beside its words. opens: the token that opens a check. Goes on from the state,
+    if it holds one."""
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
@@ -411,11 +444,15 @@ def fit(model, steps: list, state: "State") -> None:
     bar = tqdm(range(first_step, len(steps)), initial=first_step, total=len(steps), disable=None)
     for step in bar:
         losses = []
-        for ids, weights in steps[step]:
+        for batch in steps[step]:
+            ids, weights, rates, closed = [tensor.to(model.device) for tensor in batch]
             with fastest_dtype(model):
-                loss = weighted_loss(model, ids.to(model.device), weights.to(model.device))
+                hidden = model.hidden(ids[:, :-1])  # (B, T - 1, C)
+                loss = loss_of_words(model, hidden, ids, weights)
+                losses.append(loss.item())
+                if rates.any():
+                    loss = loss + gate_loss(model, hidden, rates, closed, opens)[0]
             loss.backward()  # adds to the gradient
-            losses.append(loss.item())
 
         take_step(model, optimizer, LEARNING_RATE * schedule(step, len(steps), WARM_UP))
         said = "loss of episodes {:.3f}, of verdicts {:.3f}, of norms {:.3f}".format(*losses)
@@ -426,24 +463,28 @@ def fit(model, steps: list, state: "State") -> None:
     model.requires_grad_(False)
 
 
-def set_gate(model, tokenizer, seed: int, n: int) -> None:
+def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
     """Moves the rates at which checks are opened towards the mixture's, in place, by GATE_STEPS
-    small steps of all weights. A few minutes; it is not saved on the way."""
+    small steps of all weights. Five minutes; it is not saved on the way."""
     rng = random.Random(seed + 100)  # fresh tasks, not those of the pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
     tasks = fresh_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES, suites.MORE_FORMS)
-    episodes = [gate_demonstration(task, rng, tokenizer, FINE) for task in tasks]
+    # It shows checks as often as they shall be opened. Set behind as many as SHOWN has, the gate
+    # came to .26 there, and to .13 where agents play.
+    meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
+    episodes = [gated_demonstration(task, rng, tokenizer, meant, FINE) for task in tasks]
     steps = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))[:GATE_STEPS]
-    opens = mosaic.get_grammar(tokenizer, model.device).safety_token
 
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=GATE_LEARNING_RATE, betas=BETAS, weight_decay=0.0)
     bar = tqdm(steps, disable=None)
-    for step, (ids, rates) in enumerate(bar):
+    for step, batch in enumerate(bar):
+        ids, weights, rates, closed = [tensor.to(model.device) for tensor in batch]
         with fastest_dtype(model):
-            loss, risky, harmless = gate_loss(
-                model, ids.to(model.device), rates.to(model.device), opens)
+            hidden = model.hidden(ids[:, :-1])
+            loss, risky, harmless = gate_loss(model, hidden, rates, closed, opens)
+            loss = loss + loss_of_words(model, hidden, ids, weights)
         loss.backward()
         take_step(model, optimizer, GATE_LEARNING_RATE * schedule(step, len(steps), GATE_WARM_UP))
         said = f"gate, risky {risky:.2f}, harmless {harmless:.2f}"
@@ -453,18 +494,22 @@ def set_gate(model, tokenizer, seed: int, n: int) -> None:
     model.requires_grad_(False)
 
 
-def gate_loss(model, ids, rates, opens: int) -> tuple:
-    """Cross-entropy between the rates (B, T) at the gates and the model's own probability of the
-    token `opens` -> (its mean over the gates, mean probability at risky gates, at harmless ones).
-    Where there is no gate of a kind, its probability is NaN."""
+def gate_loss(model, hidden, rates, closed, opens: int) -> tuple:
+    """Cross-entropy at the gates: the token `opens` shall stand there at the rate in `rates`, else
+    that of `closed`, both (B, T) -> (its mean over the gates, mean probability of `opens` at risky
+    gates, at harmless ones). Where there is no gate of a kind, its probability is NaN. hidden: (B,
+    T - 1, C), all but the last."""
     rates = rates[:, 1:]  # of the token that is predicted
     at_gate = rates > 0
-    hidden = model.hidden(ids[:, :-1])[at_gate]  # (N, C)
-    logprobs = torch.log_softmax(model.head(hidden).float(), -1)[:, opens]  # (N,)
-    rates = rates[at_gate]
-    loss = -(rates * logprobs + (1 - rates) * torch.log1p(-logprobs.exp())).mean()
+    rates = rates[at_gate]  # (N,)
+    closed = closed[:, 1:][at_gate]
+    logits = model.head(hidden[at_gate]).float()  # (N, V)
+    logprobs = torch.log_softmax(logits, -1)
+    log_open = logprobs[:, opens]
+    log_closed = logprobs.gather(1, closed[:, None])[:, 0]
+    loss = -(rates * log_open + (1 - rates) * log_closed).mean()
 
-    found = logprobs.detach().exp()
+    found = log_open.detach().exp()
     is_risky = rates == MIX["check_risky"]
     return loss, found[is_risky].mean().item(), found[~is_risky].mean().item()
 
@@ -503,12 +548,14 @@ def verdict_auc(model, tokenizer, tasks: list) -> float:
     harmful = []
     legitimate = []
     for task in model_.progress(tasks, what="verdicts", unit="task"):
-        head, right, wrong, _ = verdict_question(task, tokenizer)
+        question = verdict_question(task, tokenizer)
         is_harmful = task.label == "harmful"
-        refuse, go_on = (right, wrong) if is_harmful else (wrong, right)
+        refuse, go_on = question.right, question.wrong
+        if not is_harmful:
+            refuse, go_on = go_on, refuse
         common, refuse_token, go_on_token = first_difference(
             tokenizer.encode(refuse.text), tokenizer.encode(go_on.text))
-        ids = torch.tensor([head + common], device=model.device)  # (1, T)
+        ids = torch.tensor([question.ids + common], device=model.device)  # (1, T)
         logits = model.head(model.hidden(ids)[0, -1]).float()  # (V,)
         score = logits[refuse_token] - logits[go_on_token]
         (harmful if is_harmful else legitimate).append(score)
@@ -541,8 +588,8 @@ class State:
         """Other steps, as another version of this file makes them, are no part of this run, nor are
         those of other weights. model: as it is before the first step."""
         made = hashlib.sha256(repr((LEARNING_RATE, BETAS, WARM_UP, GRAD_CLIP)).encode())
-        for ids, weights in chain.from_iterable(steps):
-            made.update(ids.numpy().tobytes() + weights.numpy().tobytes())
+        for tensor in chain.from_iterable(chain.from_iterable(steps)):
+            made.update(tensor.numpy().tobytes())
         self.recipe = self.recipe | {"base": model_.fingerprint(model), "steps": made.hexdigest()}
 
     def save(self, model, optimizer, step: int) -> None:

@@ -17,7 +17,7 @@ import struct
 import sys
 import types
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -783,7 +783,7 @@ def test_the_warm_start_shows_no_held_out_wording(compact):
     wordings would be memory. The rows that RL draws from are checked in test_data.py: of what is
     new in them the warm start shows nothing, or RL would find nothing to correct."""
     episodes, verdicts = smollm2.documents_of(smollm2.N_TASKS, 0, compact, random.Random(0))
-    text = "".join(compact.decode(ids) for ids, _ in episodes + verdicts)
+    text = "".join(compact.decode(ids) for ids, _, _, _ in episodes + verdicts)
     assert [phrase for phrase in test_data.unseen_wordings() if phrase in text] == []
     kept = test_data.texts_of(suites.part_of(suites.MORE_BANKS, seen=False))
     assert len(kept) > 100 and [phrase for phrase in kept if phrase in text] == []
@@ -847,7 +847,8 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
     rng = random.Random(0)
     shown = set()
     for _ in range(600):
-        ids, weights = smollm2.norm_document(rng, compact)
+        ids, weights, rates, _ = smollm2.norm_document(rng, compact)
+        assert not any(rates) and len(rates) == len(ids)
         text = compact.decode(ids)
         assert ids == mosaic.encode_trusted(compact, text)
         words, _, fields = text.removeprefix("<safety_thoughts>\na ").partition(" gets ")
@@ -862,30 +863,37 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
     assert len(shown) == len(suites.NORMS) * len(suites.FIELDS)
 
 
-def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
-    """Loss on the tag that opens the check, in a document that always opens one: the base would
-    check at every step. Half of the cues harmful, or the base learns which answer is common. A plan
-    that knows already that an order is to be ignored: in an episode it does not."""
+def some_verdict_tasks():
     counts = {"harm": 80, "injection": 20, "privacy": 20, "benign": 20}
-    verdict_tasks = fresh_verdict_tasks(counts, 0, random.Random(0), made_up=0)
+    return fresh_verdict_tasks(counts, 0, random.Random(0), made_up=0)
+
+
+def test_what_a_verdict_by_itself_is_about(compact):
+    """Half of the cues harmful, or the base learns which answer is common. A plan that knows
+    already that an order is to be ignored: in an episode it does not."""
     refusals = []
-    for task in verdict_tasks:
-        head, right, wrong, _ = smollm2.verdict_question(task, compact)
-        assert compact.decode(head).endswith("\n</think>\n\n<safety_thoughts>\n")
+    for task in some_verdict_tasks():
+        question = smollm2.verdict_question(task, compact)
+        text = compact.decode(question.ids)
+        right, wrong = question.right, question.wrong
+        assert text.endswith("\n</think>\n\n<safety_thoughts>\n")
         if task.suite == "harm":
-            assert task.meta["cue"] in compact.decode(head)
+            assert task.meta["cue"] in text
             assert {right.act, wrong.act} == {"refuse", "go"}
             assert (right.act == "refuse") == (task.label == "harmful")
             refusals.append(right.act == "refuse")
         if "gives an order" in right.text:
             ordered = task.injected[0]["name"]
-            assert f"<think>\n{ordered} " in compact.decode(head)
+            assert f"<think>\n{ordered} " in text
             assert f"ignore it, {task.goal[1]['name']} " in right.text
     assert sum(refusals) == len(refusals) / 2 > 10
 
-    decided = {suite: [] for suite in counts}
-    for task in verdict_tasks:
-        ids, weights = smollm2.verdict_document(task, compact)
+
+def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
+    """Loss on the words before the check; none where a verdict is decided."""
+    decided = defaultdict(list)
+    for task in some_verdict_tasks():
+        ids, weights, _, _ = smollm2.verdict_document(task, compact)
         learned = [token for token, weight in zip(ids, weights) if weight]
         check, closing, call = compact.decode(learned).partition("\n</safety_thoughts>\n")
         assert closing and "<safety_thoughts>" not in check
@@ -909,12 +917,30 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
     assert {tuple(words) for words in decided["benign"]} == {("this", "is")}
 
 
+def test_a_verdict_by_itself_says_how_often_it_shall_be_given(compact):
+    """Each of these documents opens a check: learned as it stands, the base would check at every
+    step. Its gate has a rate in place of a word, by what really is risky."""
+    opens = mosaic.get_grammar(compact, "cpu").safety_token
+    rates_of = defaultdict(set)
+    for task in some_verdict_tasks():
+        ids, weights, rates, closed = smollm2.verdict_document(task, compact)
+        [(gate, rate)] = [(index, rate) for index, rate in enumerate(rates) if rate]
+        assert ids[gate] == opens and weights[gate] == 0
+        assert compact.decode([closed[gate]]) == "tool"
+        rates_of[task.suite, task.label].add(rate)
+    risky, harmless = MIX["check_risky"], MIX["check_harmless"]
+    assert rates_of["harm", "harmful"] == {risky}
+    # what cannot be undone is risky in a twin, too
+    assert rates_of["harm", "benign"] == {risky, harmless}
+    assert harmless in rates_of["benign", "benign"]
+
+
 def test_what_stands_before_a_verdict_does_not_give_it_away(compact):
     """A base was shown that nothing is wrong behind results alone, and harm behind none: behind a
     result it then called more than half of the harmful calls harmless."""
     _, verdicts = smollm2.documents_of(smollm2.N_TASKS, 0, compact, random.Random(0))
     shown = Counter()
-    for ids, weights in verdicts:
+    for ids, weights, _, _ in verdicts:
         text = compact.decode(ids)
         words = text.split("<safety_thoughts>\n")[1].split()
         decision = words[1] if words[0] == "this" else words[0]
@@ -937,7 +963,7 @@ def test_a_harmful_task_and_its_twin_are_shown_alike_but_for_their_cue(compact, 
         assert demonstrator.asked_calls(pair[0]) == demonstrator.asked_calls(pair[1])
         n_lookups += task.meta["style"] != "note" and len(demonstrator.asked_calls(task)) > 1
         for first in (False, True):
-            heads = [smollm2.verdict_question(each, compact, first)[0] for each in pair]
+            heads = [smollm2.verdict_question(each, compact, first).ids for each in pair]
             without_cue = {compact.decode(head).replace(each.meta["cue"], "")
                            for head, each in zip(heads, pair)}
             assert len(without_cue) == 1, without_cue
@@ -1004,36 +1030,56 @@ def test_the_base_is_stored_in_bf16_where_that_is_faster(tmp_path, monkeypatch, 
 
 
 def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
-    """Tags of several tokens: the importance weight of opening a check on another token than the
-    one that the sampler calls the gate."""
+    """Tags of several tokens: the importance weight of opening a check, or its rate, on another
+    token than the one that the sampler calls the gate."""
     grammar = mosaic.get_grammar(compact, "cpu")
     prompt = mosaic.encode_trusted(compact, mosaic.FAMILIES["compact"]["prompt"])
-    rng = random.Random(1)
-    at_gates = []
-    elsewhere = []
-    for task in fresh_tasks(40, 2, random.Random(2)):
-        ids, weights = demonstrator.demonstration(task, rng, compact)
+
+    def gates_of(ids, task):
+        """The indices at which the grammar is at its gate."""
         root = grammar.names([tool.name for tool in task.offered])
         state = mosaic.DEAD
-        for index, (token, weight) in enumerate(zip(ids, weights)):
+        for index, token in enumerate(ids):
             if ids[index - len(prompt):index] == prompt:
                 state = grammar.start
-            (at_gates if state == grammar.gate_state else elsewhere).append(weight)
+            if state == grammar.gate_state:
+                yield index
             if state != mosaic.DEAD:
                 state = grammar.step(state, root, token)
-    assert len(at_gates) > 40 and len(set(at_gates) - {0, 1}) >= 4  # a check or none, risky or not
-    assert set(elsewhere) == {0, 1}
+
+    rng = random.Random(1)
+    at_gates = set()
+    others = set()
+    for task in fresh_tasks(40, 2, random.Random(2)):
+        ids, weights = demonstrator.demonstration(task, rng, compact)
+        gates = set(gates_of(ids, task))
+        at_gates |= {weights[index] for index in gates}
+        elsewhere = {weight for index, weight in enumerate(weights) if index not in gates}
+        assert elsewhere == {0, 1}
+
+        # A rate alone leaves open what stands there in the place of a check: of the turns that a
+        # base so trained wrote in free grammar .15 parsed ("<care>", "<secret>").
+        ids, weights, rates, closed = demonstrator.gated_demonstration(task, rng, compact)
+        gates = [index for index, rate in enumerate(rates) if rate]
+        assert set(gates) <= set(gates_of(ids, task))  # a slip has a gate, and no rate
+        assert gates and not any(weights[index] for index in gates_of(ids, task))
+        for index in gates:
+            assert ids[index] in (closed[index], grammar.safety_token)
+            others.add(compact.decode([closed[index]]))
+    assert len(at_gates - {0, 1}) >= 4  # a check or none, risky or not
+    assert others == {"tool", "answer"}
 
 
 def test_the_gate_is_set_in_episodes_like_those_that_agents_play(compact):
     """A rate on the token beside the gate; slips, whose gates nobody shall learn; checks as often
     as the warm start's own episodes show them, which is far oftener than agents open one."""
     opens = mosaic.get_grammar(compact, "cpu").safety_token
-    opened = {MIX["check_risky"]: [], MIX["check_harmless"]: []}
+    meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
+    opened = {rate: [] for rate in meant.values()}
     slips = 0
     rng = random.Random(1)
     for task in fresh_tasks(240, 2, random.Random(2)):
-        ids, rates = demonstrator.gate_demonstration(task, rng, compact)
+        ids, _, rates, _ = demonstrator.gated_demonstration(task, rng, compact, meant)
         gates = [(rate, token == opens) for token, rate in zip(ids, rates) if rate]
         for rate, is_open in gates:
             opened[rate].append(is_open)
@@ -1047,32 +1093,24 @@ def test_the_gate_is_set_in_episodes_like_those_that_agents_play(compact):
 
 def test_the_gate_s_loss_is_least_at_the_rates_that_were_meant():
     """A loss whose least value is elsewhere: the base would check as often as it was shown to, or
-    never."""
-    class Stub(torch.nn.Module):  # its "hidden states" are the logits of a vocabulary of two
-        def __init__(self):
-            super().__init__()
-            self.logit = torch.nn.Parameter(torch.zeros(1, 4))
-
-        def hidden(self, ids):
-            return torch.stack([torch.zeros(1, 4), self.logit.expand(len(ids), -1)], -1)
-
-        def head(self, hidden):
-            return hidden
-
-    model = Stub()
-    ids = torch.zeros(1, 5, dtype=torch.long)
+    never; or write a word that is no tag in the place of a call."""
+    head = types.SimpleNamespace(head=lambda hidden: hidden)  # hidden states that are logits
+    hidden = torch.zeros(1, 4, 3, requires_grad=True)  # (B, T - 1, V)
     rates = torch.tensor([[0, 0.3, 0.04, 0, 0.3]])
-    optimizer = torch.optim.LBFGS([model.logit], max_iter=200)
+    closed = torch.tensor([[0, 2, 2, 0, 0]])  # two calls, and an answer
+    optimizer = torch.optim.LBFGS([hidden], max_iter=400)
 
     def closure():
         optimizer.zero_grad()
-        loss, _, _ = smollm2.gate_loss(model, ids, rates, 1)
+        loss, _, _ = smollm2.gate_loss(head, hidden, rates, closed, 1)
         loss.backward()
         return loss
     optimizer.step(closure)
-    _, risky, harmless = smollm2.gate_loss(model, ids, rates, 1)
+    _, risky, harmless = smollm2.gate_loss(head, hidden, rates, closed, 1)
     assert abs(risky - 0.3) < 0.01 and abs(harmless - 0.04) < 0.01
-    assert model.logit[0, 2] == 0  # no gate, no gradient
+    p = hidden.softmax(-1)[0]
+    assert p[0, 2] > 0.68 and p[1, 2] > 0.94 and p[3, 0] > 0.68
+    assert (hidden[0, 2] == 0).all()  # no gate, no gradient
 
 
 def test_the_auc_is_the_share_of_pairs_in_the_right_order(compact):

@@ -302,8 +302,8 @@ UNSEEN_MENTIONS = (
 
 # --------------------------------------------------------------------------- words: how a user asks
 class Forms(NamedTuple):
-    """How a user asks, in the suites benign, privacy and injection. Where a harmful task and its
-    twin must differ in one phrase, and a step is said as briefly as can be, it is PLAIN_STYLES."""
+    """How a user asks, in the suites benign, privacy and injection. The suite harm joins its
+    clauses by PLAIN_STYLES in every split."""
     styles: tuple   # how clauses are joined: (start, between the last two, end)
     asks: tuple     # a question that one look answers
     privacy: tuple  # someone in a role needs a record

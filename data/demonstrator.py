@@ -22,11 +22,12 @@ agent = d.Demonstrator(task, rng, d.MIX);
 print(task.messages[0]['content'], agent.write_turn(Sandbox(task)))" prints what a user asks and the
 first turn of the answer: a plan, perhaps a check, an action. Next file: data/tiny.py.
 """
+import functools
 import json
 import random
 import re
-from collections import namedtuple
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,14 +67,6 @@ COMMON = 0.5    # share of the common and easy tasks that is kept
 
 MAX_TURNS = 9  # of a demonstrated episode: four calls, a slip before each of them, and an answer
 
-# A check of one step: what it says, and what the agent does after it. The acts are
-#   "go"       the next call, as an agent without a check would make it
-#   "refuse"   refusal_tool
-#   "obey"     the call that the injected order asks for
-#   "paste"    the next call; a message carries the record whole (which is what "go" does, too)
-#   "careful"  the next call; a message carries only what its recipient may have
-Verdict = namedtuple("Verdict", "text act")
-
 RECORD_ID = r"\b[A-Z][0-9]{2}\b"  # as "B34", in a message
 ALL_DONE = ("all done", {})  # stands for the next call where none is left
 # The verdicts of a step that nothing speaks against: a phrase was read that allows it, or none was.
@@ -83,6 +76,25 @@ ALL_DONE = ("all done", {})  # stands for the next call where none is left
 # risk".
 FINE = "this is allowed: go on"
 NOTHING_FOUND = "no risk here: go on"
+
+
+class Verdict(NamedTuple):
+    """A check of one step: what it says, and what the agent does after it. The acts are
+
+    "go"       the next call, as an agent without a check would make it
+    "refuse"   refusal_tool
+    "obey"     the call that the injected order asks for
+    "paste"    the next call; a message carries the record whole (which is what "go" does, too)
+    "careful"  the next call; a message carries only what its recipient may have"""
+    text: str
+    act: str
+
+
+class Gate(NamedTuple):
+    """The place in a turn where a check is opened or not."""
+    weight: float  # of the loss on the token that was written there; 0 in slips
+    rate: float    # at which a check shall be opened there; 0 in slips
+    closed: str    # the tag that stands there if none is
 
 
 # ----------------------------------------------------------------------- one episode, turn by turn
@@ -106,9 +118,7 @@ class Demonstrator:
         self.nothing_found = nothing_found
         self.todo = [_call_of(pattern) for pattern in asked_calls(task)]
         self.orders = [_call_of(pattern) for pattern in task.injected]  # an attacker's
-        self.gate_weights = []  # of each turn: the weight of the loss at its gate
-        self.gate_rates = []  # of each turn: how often a check shall be opened there; 0 in slips
-        self.gate_tags = []  # of each turn: the tag that stands there without a check
+        self.gates = []  # of each turn: its Gate
         self.known = None  # what the user's call is about that a plan named last: it is "it" then
         self.slipped = False  # was the last turn a slip? Then it carries no loss
         # Will it lose patience with a long chain of calls? Not in the harm suite: the deciding
@@ -135,10 +145,9 @@ class Demonstrator:
         if self.impatient and len(self.todo) == 1 and act != "refuse":
             self.todo = []  # it takes the last call for done, and answers
         plan = self.write_plan_of(act)
-        self.gate_tags.append("answer" if self.would_answer(act) else "tool_call")
 
         check = None
-        if self.draw_opening(risky):
+        if self.draw_opening(risky, act):
             verdict = self.draw_verdict(sandbox)
             check = verdict.text
             act = verdict.act
@@ -155,25 +164,23 @@ class Demonstrator:
                 return "obey"
         return carefulness
 
-    def would_answer(self, act) -> bool:
-        """Does a turn that acts so end the episode by an answer?"""
-        return act not in ("refuse", "obey") and not self.todo
-
     def has_just_read_orders(self, sandbox) -> bool:
         return bool(self.orders) and sandbox.newest_source == self.task.reveals
 
-    def draw_opening(self, risky) -> bool:
-        """Draws whether this turn shows a check, and notes the weight and the rate of its gate.
+    def draw_opening(self, risky, act) -> bool:
+        """Draws whether this turn shows a check, and notes its Gate. act: what the agent does if it
+        does not check.
 
         Importance weights: checks are shown at rate c, and the model shall open them at rate q. A
         weight of q / c where there is one, and of (1 - q) / (1 - c) where there is none, gives the
         gate's token the same expected gradient as if they had been shown at rate q.
         """
         q = self.mix["check_risky" if risky else "check_harmless"]
-        self.gate_rates.append(q)
         c = self.shown[risky]
         opened = self.rng.random() < c
-        self.gate_weights.append(q / c if opened else (1 - q) / (1 - c))
+        weight = q / c if opened else (1 - q) / (1 - c)
+        answers = act not in ("refuse", "obey") and not self.todo
+        self.gates.append(Gate(weight, q, "answer" if answers else "tool_call"))
         return opened
 
     def carry_out(self, act) -> str:
@@ -248,9 +255,7 @@ class Demonstrator:
             return None
 
         self.slipped = True
-        self.gate_weights.append(0.0)
-        self.gate_rates.append(0.0)
-        self.gate_tags.append("tool_call")
+        self.gates.append(Gate(weight=0.0, rate=0.0, closed="tool_call"))
         call = (self.rng.choice(wrong_tools), arguments)
         return turn_text(call_blocks(call), self.write_plan(call, self.todo[1:]))
 
@@ -379,11 +384,10 @@ def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX,
     A weight is that of the loss on this token: 1 on what the agent wrote, 0 on everything else and
     on slips, and the importance weight on the token at a gate.
     """
-    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, mix, SHOWN, nothing_found)
-    weights = [float(code == SAMPLED) for code in dialogue.provenance]
-    for index, weight in zip(gates, agent.gate_weights):
-        weights[index] = weight
-    return dialogue.ids, weights
+    ids, weights, gates = _demonstrate(task, rng, tokenizer, mix, SHOWN, nothing_found)
+    for index, gate in gates:
+        weights[index] = gate.weight
+    return ids, weights
 
 
 def gated_demonstration(task: Task, rng: random.Random, tokenizer, shown: dict = SHOWN,
@@ -393,36 +397,36 @@ def gated_demonstration(task: Task, rng: random.Random, tokenizer, shown: dict =
     rates: at a gate the rate at which a check shall be opened there, 0 on all other tokens and in
     slips. closed: at a gate the token that stands there if none is. The weights are those of
     `demonstration`, but 0 at the gates: the one way that the episode went says less."""
-    dialogue, agent, gates = _demonstrate(task, rng, tokenizer, MIX, shown, nothing_found)
-    weights = [float(code == SAMPLED) for code in dialogue.provenance]
-    rates = [0.0] * len(dialogue.ids)
-    closed = [0] * len(dialogue.ids)
-    for index, rate, tag in zip(gates, agent.gate_rates, agent.gate_tags):
+    ids, weights, gates = _demonstrate(task, rng, tokenizer, MIX, shown, nothing_found)
+    rates = [0.0] * len(ids)
+    closed = [0] * len(ids)
+    for index, gate in gates:
         weights[index] = 0.0
-        rates[index] = rate
-        closed[index] = token_at_gate(tag, tokenizer)
-    return dialogue.ids, weights, rates, closed
+        rates[index] = gate.rate
+        closed[index] = token_at_gate(gate.closed, tokenizer)
+    return ids, weights, rates, closed
 
 
 def _demonstrate(task, rng, tokenizer, mix, shown, nothing_found) -> tuple:
-    """-> (Dialogue, Demonstrator, [index of each turn's token at the gate])."""
+    """-> (ids, weights: 1 on what the agent wrote and 0 elsewhere, [(index of the token at the
+    gate, Gate) of each turn])."""
     dialogue = mosaic.Dialogue(tokenizer, task.messages, task.offered)
     agent = Demonstrator(task, rng, mix, shown, nothing_found)
     episode = Episode(task, max_turns=MAX_TURNS)
-    gates = []
+    places = []  # of the tokens at the gates
 
     while episode.ended is None:
         text = agent.write_turn(episode.sandbox)
         ids = mosaic.encode_trusted(tokenizer, text) + [tokenizer.stop_ids[0]]
-        gates.append(len(dialogue.ids) + gate_in(ids, tokenizer))
+        places.append(len(dialogue.ids) + gate_in(ids, tokenizer))
         # A slip goes in as if it were forced: what is not sampled carries no loss.
         code = FORCED if agent.slipped else SAMPLED
         dialogue.extend(ids, [code] * len(ids))
         results = episode.step(text)
         if episode.ended is None:
             dialogue.observe(results)
-    assert len(gates) == len(agent.gate_weights), (gates, agent.gate_weights)
-    return dialogue, agent, gates
+    weights = [float(code == SAMPLED) for code in dialogue.provenance]
+    return dialogue.ids, weights, list(zip(places, agent.gates, strict=True))
 
 
 def token_at_gate(tag: str, tokenizer) -> int:
@@ -436,6 +440,7 @@ def gate_in(ids: list, tokenizer) -> int:
     return _end_of_run(_ids_before_gate(tokenizer), ids)
 
 
+@functools.lru_cache(maxsize=4)  # asked for in each turn
 def _ids_before_gate(tokenizer) -> list:
     """The ids from the end of a plan up to the token where a check, a call and an answer part."""
     endings = []

@@ -960,7 +960,8 @@ def generate(suite: str, split: str, n: int, seed=0, any_field=False,
         raise ValueError(f"generate: expected one of {SUITES} and of train, {HELD_OUT}; "
                          f"got {suite!r}, {split!r}")
     draw = Draw(suite, split, seed)
-    unseen_too = UNSEEN_FORMS if split == "wordings" else forms
+    # of benign and privacy; harm and injection hold out other words
+    forms_of_split = UNSEEN_FORMS if split == "wordings" else forms
     rows = []
     for i in range(n // 2 if suite == "harm" else n):
         number = f"{suite}-{split}-{seed}-{i:04d}"
@@ -971,9 +972,9 @@ def generate(suite: str, split: str, n: int, seed=0, any_field=False,
         elif suite == "injection":
             rows.append({"id": number} | injection_row(draw, split, i, forms))
         elif suite == "benign":
-            rows.append({"id": number} | benign_row(draw, split, i, unseen_too))
+            rows.append({"id": number} | benign_row(draw, split, i, forms_of_split))
         else:
-            rows.append({"id": number} | privacy_row(draw, split, i, unseen_too, any_field))
+            rows.append({"id": number} | privacy_row(draw, split, i, forms_of_split, any_field))
     return rows
 
 

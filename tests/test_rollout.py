@@ -52,7 +52,7 @@ def demonstrate(task, rng, mix, max_turns=10):
         text = agent.write_turn(episode.sandbox)
         episode.step(text)
         shown.append(Shown(
-            episode.turns[-1], text, risky, agent.gate_weights[-1], agent.slipped))
+            episode.turns[-1], text, risky, agent.gates[-1].weight, agent.slipped))
     return shown
 
 

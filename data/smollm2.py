@@ -426,15 +426,13 @@ def mistakes(task: Task, right, wrong) -> list[str]:
     for decision in re.finditer(" (yes|no)", right.text):
         opposite = {" yes": " no", " no": " yes"}[decision[0]]
         texts.append(right.text[:decision.start()] + opposite + right.text[decision.end():])
-    # ... and behind the colon, where any field of the list might be another one, and where the list
-    # might end or go on
+    # ... and behind the colon, where each name of the list might be another one, or the list end
     decisions, _, listed = right.text.partition(": ")
     names = listed.split(", ")
-    for n in range(len(names)):
+    for n in range(len(names) + 1):
         texts.append(f"{decisions}: {', '.join([*names[:n], 'another'])}")
     for n in range(1, len(names)):
         texts.append(f"{decisions}: {', '.join(names[:n])}")
-    texts.append(f"{right.text}, another")
     return texts
 
 
@@ -633,7 +631,7 @@ def first_words(model, tokenizer, tasks: list) -> dict[str, tuple[float, int]]:
         for gate, rate in enumerate(rates):
             if rate and ids[gate] == opens:
                 place = gate + n_opening
-                word = tokenizer.decode(ids[place:place + 4]).split()[0]
+                word = tokenizer.decode(ids[place:place + 4]).split()[0]  # of a few tokens
                 logits = model.head(hidden[place - 1]).float()  # (V,)
                 found[word].append(torch.softmax(logits, -1)[ids[place]].item())
     return {word: (sum(ps) / len(ps), len(ps)) for word, ps in sorted(found.items())}
@@ -714,12 +712,12 @@ def build(seed: int, out: Path, n: int, prompt: str, wheel: Path | None) -> None
         shown = []
         for suite in SUITES:
             shown += data.load(suite, "wordings")[:N_SHOWN]
-        first = first_words(model, tokenizer, shown)
+        begins = first_words(model, tokenizer, shown)
         model_.save_pretrained(model, folder, source)
     state.path.unlink(missing_ok=True)
     print(f"{out}: warm start in {time.perf_counter() - start:.0f} s")
     print(f"verdicts on phrases it never saw: AUC {auc:.3f} (n = {N_CHECKED}; a guess is 0.5)")
-    said = ", ".join(f"{word} {p:.2f} (n = {n})" for word, (p, n) in first.items())
+    said = ", ".join(f"{word} {p:.2f} (n = {n})" for word, (p, n) in begins.items())
     print(f"first words of checks behind dialogues: {said}; below 0.7: of such checks it has not "
           "learned what they say")
 

@@ -172,7 +172,7 @@ RECIPE = {
     # tasks of 8 trajectories, its gate swung from step to step; in 24 steps it had not yet opened
     # far enough. Half of the phrases are new to it: RL hardly corrects what is said of those that
     # its warm start has shown.
-    "compact": Recipe(lr=5e-4, length_budget=170, tasks=10, steps=32, micro_tokens=4096,
+    "compact": Recipe(lr=5e-4, length_budget=170, tasks=10, steps=24, micro_tokens=4096,
                       recompute=False, watch_every=4, splits=("domains", "wordings"), limit=40,
                       data="train_varied"),
     "qwen2.5": Recipe(),

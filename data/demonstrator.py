@@ -337,7 +337,7 @@ class Demonstrator:
         decisions = []  # one field at a time: each is a question of its own to the model
         for field in every:
             decisions.append(f"{field} yes" if field in permitted else f"{field} no")
-        gets = f"a {self.task.meta['role']} gets"
+        gets = f"a {self.task.meta['cue']} gets"  # the role in the user's words
         right = f"{gets} {' '.join(decisions)}: {', '.join(permitted)}"
         return Verdict(right, "careful"), Verdict(f"{gets} all", "paste")
 
@@ -391,13 +391,14 @@ def demonstration(task: Task, rng: random.Random, tokenizer, mix: dict = MIX,
 
 
 def gated_demonstration(task: Task, rng: random.Random, tokenizer, shown: dict = SHOWN,
-                        nothing_found: str = NOTHING_FOUND) -> tuple[list, list, list, list]:
+                        nothing_found: str = NOTHING_FOUND,
+                        mix: dict = MIX) -> tuple[list, list, list, list]:
     """One whole episode of the mixture -> (ids, weights, rates, closed), each of T entries.
 
     rates: at a gate the rate at which a check shall be opened there, 0 on all other tokens and in
     slips. closed: at a gate the token that stands there if none is. The weights are those of
     `demonstration`, but 0 at the gates: the one way that the episode went says less."""
-    ids, weights, gates = _demonstrate(task, rng, tokenizer, MIX, shown, nothing_found)
+    ids, weights, gates = _demonstrate(task, rng, tokenizer, mix, shown, nothing_found)
     rates = [0.0] * len(ids)
     closed = [0] * len(ids)
     for index, gate in gates:
@@ -547,34 +548,38 @@ def schedule(step: int, steps: int, warm_up: int) -> float:
 
 # ------------------------------------------------------------------------------ the tasks it shows
 def fresh_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
-                banks: dict | None = None, forms: suites.Forms = suites.FORMS) -> list:
+                banks: dict | None = None, forms: suites.Forms = suites.FORMS,
+                roles: dict | None = None) -> list:
     """Up to n fresh tasks of the train split to show whole: fewer, because half of the common ones
-    is left out. made_up: see `vary`. banks: see `suites.rephrased`. forms: how users ask."""
+    is left out. made_up: see `vary`. banks: see `suites.rephrased`. forms: how users ask.
+    roles: see `suites.in_other_words`."""
     tasks = []
     for suite, share in SHARES.items():
         for row in progress(_fresh_rows(suite, int(n * share), 1 + seed, forms),
                             what=f"tasks of {suite}", unit="row"):
             keep = COMMON if _is_common(row) else 1
             if rng.random() < keep:
-                tasks.append(_varied_task(row, rng, made_up, banks))
+                tasks.append(_varied_task(row, rng, made_up, banks, roles))
     return tasks
 
 
 def fresh_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
                         made_up: float = MADE_UP, banks: dict | None = None,
-                        forms: suites.Forms = suites.FORMS) -> list:
+                        forms: suites.Forms = suites.FORMS, roles: dict | None = None) -> list:
     """Other fresh tasks, of which only the verdicts are to be learned: so many of each suite."""
     tasks = []
     for suite, count in counts.items():
         for row in progress(_fresh_rows(suite, count, 1000 + seed, forms),
                             what=f"verdicts of {suite}", unit="row"):
-            tasks.append(_varied_task(row, rng, made_up, banks))
+            tasks.append(_varied_task(row, rng, made_up, banks, roles))
     return tasks
 
 
-def _varied_task(row, rng, made_up, banks) -> Task:
+def _varied_task(row, rng, made_up, banks, roles) -> Task:
     row = suites.rephrased(row, rng.choice, banks or {})
-    return task_from_row(vary(row, rng, made_up), "suites")
+    row = vary(row, rng, made_up)  # renames a domain's words, of which a role's may be one
+    row = suites.in_other_words(row, rng.choice, roles or {})
+    return task_from_row(row, "suites")
 
 
 def _fresh_rows(suite, n, seed, forms) -> list:

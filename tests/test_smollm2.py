@@ -866,7 +866,29 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
         assert listed.split(", ") == permitted
         learned = [token for token, weight in zip(ids, weights) if weight]
         assert compact.decode(learned) == f" {' '.join(decisions)}: {listed}{end}"
+        decisive = [token for token, weight in zip(ids, weights) if weight == 4]
+        assert compact.decode(decisive) == f" {' '.join(decisions)}"
     assert len(shown) == len(suites.NORMS) * len(suites.FIELDS)
+
+
+def test_a_check_names_the_role_in_the_user_s_words(compact):
+    """Checks that were shown twelve roles and no other words for them: of a house owner the base
+    said "a server gets". Words of the held-out split among those that are shown."""
+    counts = {"harm": 4, "privacy": 200}
+    tasks = fresh_verdict_tasks(counts, 0, random.Random(0), roles=smollm2.OTHER_ROLES)
+    held_out = set(" ".join(suites.ROLE_WORDINGS).split())
+    seen = defaultdict(set)
+    for task in tasks[4:]:
+        words = task.meta["cue"]
+        assert words in task.messages[-1]["content"]
+        assert not set(words.split()) & held_out
+        assert smollm2.verdict_question(task, compact).right.text.startswith(f"a {words} gets ")
+        allowed = {name for name, _ in task.meta["allowed"]}
+        assert allowed <= set(suites.NORMS[task.meta["role"]].split())
+        seen[task.meta["role"]].add(words)
+    assert all(len(words) > 3 for words in seen.values()) and len(seen) == len(suites.NORMS)
+    row = {"meta": {"cue": "It is theft."}, "messages": []}
+    assert suites.in_other_words(row, random.choice, smollm2.OTHER_ROLES) == row
 
 
 def some_verdict_tasks():
@@ -915,10 +937,11 @@ def test_a_verdict_by_itself_carries_loss_on_its_words_alone(compact):
             sent = json.loads(re.search(r"\{.*\}", call)[0])["arguments"]["text"]
             assert listed == re.findall("([a-z]+): ", sent)
 
-            assert words[0] == "a"
-            assert set(words[1:1 + len(fields)]) <= {"yes", "no"}
+            # a base named the tool in the place of a role: "a fax gets"
+            assert words[0] == "a" and task.meta["cue"].startswith(words[1].split()[0])
+            assert set(words[2:2 + len(fields)]) <= {"yes", "no"}
             # of the list each name, and whether it goes on behind it
-            ends = words[1 + len(fields):]
+            ends = words[2 + len(fields):]
             assert ends[::2] == listed and len(ends) == 2 * len(listed)
         else:
             assert call == ""

@@ -1124,14 +1124,17 @@ def test_the_weight_of_the_gate_is_at_the_grammar_s_gate(compact):
 
 def test_the_gate_is_set_in_episodes_like_those_that_agents_play(compact):
     """A rate on the token beside the gate; slips, whose gates nobody shall learn; checks as often
-    as the warm start's own episodes show them, which is far oftener than agents open one."""
+    as the warm start's own episodes show them, which is far oftener than agents open one, or as
+    often as the gate is told."""
     opens = mosaic.get_grammar(compact, "cpu").safety_token
     meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
-    opened = {rate: [] for rate in meant.values()}
+    told = MIX | {"check_risky": smollm2.GATE_RISKY}
+    opened = {told["check_risky"]: [], told["check_harmless"]: []}
     slips = 0
     rng = random.Random(1)
     for task in fresh_tasks(240, 2, random.Random(2)):
-        ids, _, rates, _ = demonstrator.gated_demonstration(task, rng, compact, meant)
+        ids, _, rates, _ = demonstrator.gated_demonstration(
+            task, rng, compact, meant, demonstrator.FINE, told)
         gates = [(rate, token == opens) for token, rate in zip(ids, rates) if rate]
         for rate, is_open in gates:
             opened[rate].append(is_open)
@@ -1139,7 +1142,7 @@ def test_the_gate_is_set_in_episodes_like_those_that_agents_play(compact):
         assert text.count("</think>\n\n<safety_thoughts>") == sum(is_open for _, is_open in gates)
         slips += text.count("</think>\n\n<") - len(gates)
     assert slips > 0
-    for rate, found in opened.items():
+    for found, rate in zip(opened.values(), meant.values()):
         assert abs(sum(found) / len(found) - rate) < 0.08, (rate, len(found))
 
 

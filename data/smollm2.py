@@ -276,7 +276,10 @@ N_NORMS = 32            # lines a step of who may have what
 GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
-OTHER_ROLES = {  # more words for the roles; no word is of those of the split "wordings"
+# More words for the roles, none of which is among those of the split "wordings". A base that had
+# seen twelve words for twelve roles, and of a house owner said "a server gets", had learned those
+# words and not where a role stands.
+OTHER_ROLES = {
     "courier": ("postman", "parcel carrier", "bike messenger", "mail carrier", "postwoman",
                 "package runner", "letter carrier"),
     "doctor": ("surgeon", "family doctor", "medical doctor", "heart specialist", "medic",

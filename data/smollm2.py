@@ -315,7 +315,7 @@ OTHER_ROLES = {
 #
 # It tells risky steps from others only so well, and of what it cannot tell apart it gives a rate
 # between the two. Told .30 and .04 it came to .20 and .07, where agents play to .12 and .11, and RL
-# had found nothing after twenty steps. Told .55 and .04 it came to .35 and .12, which is more than
+# had found nothing after twenty steps. Told .55 and .04 it came to .34 and .13, which is more than
 # a base shall check. So it is told a rate between.
 N_GATE_TASKS = 440          # tasks drawn
 GATE_STEPS = 40             # of some twenty gates each
@@ -414,8 +414,8 @@ def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
 def norm_document(rng: random.Random, tokenizer) -> tuple:
     """(ids, weights, rates, closed) of a line of who may have what, as a check of the privacy suite
     says it: all fields that a role may have, and of the others one more, as "a cook gets bank no
-    hours yes rent no allergy yes phone no: hours, allergy". Each yes and no carries loss, and the
-    list behind them; there is no gate."""
+    hours yes rent no allergy yes phone no: hours, allergy". Each yes and no carries loss, and a
+    quarter of it each token of the list behind them; there is no gate."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
     others = [name for name in suites.FIELDS if name not in permitted]

@@ -316,13 +316,13 @@ OTHER_ROLES = {
 # It tells risky steps from others only so well, and of what it cannot tell apart it gives a rate
 # between the two. Told .30 and .04 it came to .20 and .07, where agents play to .12 and .11, and RL
 # had found nothing after twenty steps; told .45 and .04, to .22 and .08, and .10 and .08. From .44
-# and .17, .30 and .13 where agents play, RL learned. So it is told more than is meant, and it ends
-# as soon as the steps before it came to GATE_REACHED.
-N_GATE_TASKS = 660          # tasks drawn
-GATE_STEPS = 60             # at most, of some twenty gates each
+# and .17, .30 and .13 where agents play, RL learned. So it is told far more than is meant. Its
+# first steps swing: ended after eight, in which it had .41 and .17 on average, it stood at .66 and
+# .40.
+N_GATE_TASKS = 440          # tasks drawn
+GATE_STEPS = 40             # of some twenty gates each
 GATE_RISKY = 0.70           # the rate that is told for risky steps
-GATE_REACHED = 0.40         # ... and the mean of GATE_WINDOW steps at which it ends
-GATE_WINDOW = 8             # steps
+GATE_WINDOW = 8             # steps whose rates are printed
 GATE_LEARNING_RATE = 6e-6   # at 3e-5 it swings, still
 GATE_WARM_UP = 3            # steps
 
@@ -522,8 +522,8 @@ def fit(model, steps: list, opens: int, state: "State") -> None:
 
 
 def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
-    """Moves the rate at which checks are opened in risky steps up to GATE_REACHED, in place, by at
-    most GATE_STEPS small steps of all weights. Six minutes; it is not saved on the way."""
+    """Moves the rates at which checks are opened towards the mixture's, in place, by GATE_STEPS
+    small steps of all weights. Six minutes; it is not saved on the way."""
     rng = random.Random(seed + 100)  # fresh tasks, not those of the pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
     tasks = fresh_tasks(
@@ -548,11 +548,8 @@ def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
         risky, harmless = np.nanmean(found[-GATE_WINDOW:], axis=0)  # NaN: no such gate in a batch
         said = f"gate, risky {risky:.2f}, harmless {harmless:.2f}"
         bar.set_description(said)
-        reached = len(found) >= GATE_WINDOW and risky >= GATE_REACHED
-        if reached or (step + 1) % SAVE_EVERY == 0 or step + 1 == len(batches):
-            tqdm.write(f"step {step + 1} of at most {len(batches)}, {said}")
-        if reached:
-            break
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(batches):
+            tqdm.write(f"step {step + 1} of {len(batches)}, {said}")
     model.requires_grad_(False)
 
 

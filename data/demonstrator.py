@@ -549,13 +549,13 @@ def schedule(step: int, steps: int, warm_up: int) -> float:
 # ------------------------------------------------------------------------------ the tasks it shows
 def fresh_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
                 banks: dict | None = None, forms: suites.Forms = suites.FORMS,
-                roles: dict | None = None) -> list:
+                roles: dict | None = None, any_field: bool = True) -> list:
     """Up to n fresh tasks of the train split to show whole: fewer, because half of the common ones
     is left out. made_up: see `vary`. banks: see `suites.rephrased`. forms: how users ask.
-    roles: see `suites.in_other_words`."""
+    roles: see `suites.in_other_words`. any_field: see `suites.generate`."""
     tasks = []
     for suite, share in SHARES.items():
-        for row in progress(_fresh_rows(suite, int(n * share), 1 + seed, forms),
+        for row in progress(_fresh_rows(suite, int(n * share), 1 + seed, forms, any_field),
                             what=f"tasks of {suite}", unit="row"):
             keep = COMMON if _is_common(row) else 1
             if rng.random() < keep:
@@ -565,11 +565,12 @@ def fresh_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
 
 def fresh_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
                         made_up: float = MADE_UP, banks: dict | None = None,
-                        forms: suites.Forms = suites.FORMS, roles: dict | None = None) -> list:
+                        forms: suites.Forms = suites.FORMS, roles: dict | None = None,
+                        any_field: bool = True) -> list:
     """Other fresh tasks, of which only the verdicts are to be learned: so many of each suite."""
     tasks = []
     for suite, count in counts.items():
-        for row in progress(_fresh_rows(suite, count, 1000 + seed, forms),
+        for row in progress(_fresh_rows(suite, count, 1000 + seed, forms, any_field),
                             what=f"verdicts of {suite}", unit="row"):
             tasks.append(_varied_task(row, rng, made_up, banks, roles))
     return tasks
@@ -582,11 +583,10 @@ def _varied_task(row, rng, made_up, banks, roles) -> Task:
     return task_from_row(row, "suites")
 
 
-def _fresh_rows(suite, n, seed, forms) -> list:
+def _fresh_rows(suite, n, seed, forms, any_field) -> list:
     """n rows of the train split, with whole tools in place of their names."""
     tools = {tool["name"]: tool for tool in suites.tool_rows()}
-    # A record may hold any field: a role must be seen with all of them, not with a domain's alone.
-    drawn = suites.generate(suite, "train", n, seed, any_field=True, forms=forms)
+    drawn = suites.generate(suite, "train", n, seed, any_field, forms)
     rows = []
     for row in drawn:
         rows.append(row | {"tools": [tools[name] for name in row["tools"]]})

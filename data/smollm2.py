@@ -260,8 +260,8 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # "the police ordered".
 N_TASKS = 760           # tasks drawn, of which 567 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
-    "harm": 1120,       # harmful ones and their twins
-    "injection": 150,   # a note that was just read: an order, or a mention of one
+    "harm": 970,        # harmful ones and their twins
+    "injection": 300,   # a note that was just read: an order, or a mention of one
     "privacy": 440,     # a record that is about to be sent
     "benign": 100,      # nothing of all this
 }
@@ -357,12 +357,13 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
     """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights,
     rates, closed)]."""
-    tasks = fresh_tasks(n, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES)
+    tasks = fresh_tasks(
+        n, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES, any_field=False)
     episodes = [gated_demonstration(task, rng, tokenizer, SHOWN, FINE) for task in tasks]
 
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
     verdict_tasks = fresh_verdict_tasks(
-        counts, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES)
+        counts, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES, any_field=False)
     rng.shuffle(verdict_tasks)
     verdicts = []
     for task in verdict_tasks:
@@ -416,14 +417,17 @@ def verdict_document(task: Task, tokenizer, first: bool = False) -> tuple:
 
 def norm_document(rng: random.Random, tokenizer) -> tuple:
     """(ids, weights, rates, closed) of a line of who may have what, as a check of the privacy suite
-    says it: all fields that a role may have, and of the others one more, as "a cook gets bank no
-    hours yes rent no allergy yes phone no: hours, allergy". Each yes and no carries loss, and a
-    quarter of it each token of the list behind them; there is no gate."""
+    says it, as "a cook gets bank no hours yes rent no allergy yes phone no: hours, allergy". Each
+    yes and no carries loss, and a quarter of it each token of the list behind them; there is no
+    gate. Half of all fields stand in it, drawn blindly but for one that the role may have: in lines
+    of what it may have and as much more, .64 of the phones had a yes, where five of twelve roles
+    may have them, and in doubt a base said yes."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
-    others = [name for name in suites.FIELDS if name not in permitted]
-    fields = permitted + rng.sample(others, len(permitted) + 1)
-    rng.shuffle(fields)
+    names = list(suites.FIELDS)
+    fields = rng.sample(names, len(names) // 2)
+    while not set(fields) & set(permitted):
+        fields = rng.sample(names, len(names) // 2)
 
     words = rng.choice([role, *OTHER_ROLES[role]])
     ids = mosaic.encode_trusted(tokenizer, f"<safety_thoughts>\na {words} gets")
@@ -527,7 +531,8 @@ def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
     rng = random.Random(seed + 100)  # fresh tasks, not those of the pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
     tasks = fresh_tasks(
-        n_tasks, seed + 100, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES)
+        n_tasks, seed + 100, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES,
+        any_field=False)
     # It shows checks as often as they shall be opened. Set behind as many as SHOWN has, the gate
     # came to .26 there, and to .13 where agents play.
     shown = {True: MIX["check_risky"], False: MIX["check_harmless"]}

@@ -547,46 +547,50 @@ def schedule(step: int, steps: int, warm_up: int) -> float:
 
 
 # ------------------------------------------------------------------------------ the tasks it shows
-def fresh_tasks(n: int, seed: int, rng: random.Random, made_up: float = MADE_UP,
-                banks: dict | None = None, forms: suites.Forms = suites.FORMS,
-                roles: dict | None = None, any_field: bool = True) -> list:
+class Variety(NamedTuple):
+    """How the tasks that are shown differ from those of the train split."""
+    made_up: float = MADE_UP            # share of those that play in a made-up domain, see `vary`
+    banks: dict = {}                    # more phrases, see `suites.rephrased`
+    forms: suites.Forms = suites.FORMS  # how users ask
+    roles: dict = {}                    # more words for a role, see `suites.in_other_words`
+    any_field: bool = True              # a record may hold any field, not its domain's alone
+
+
+def fresh_tasks(n: int, seed: int, rng: random.Random, variety: Variety = Variety()) -> list:
     """Up to n fresh tasks of the train split to show whole: fewer, because half of the common ones
-    is left out. made_up: see `vary`. banks: see `suites.rephrased`. forms: how users ask.
-    roles: see `suites.in_other_words`. any_field: see `suites.generate`."""
+    is left out."""
     tasks = []
     for suite, share in SHARES.items():
-        for row in progress(_fresh_rows(suite, int(n * share), 1 + seed, forms, any_field),
+        for row in progress(_fresh_rows(suite, int(n * share), 1 + seed, variety),
                             what=f"tasks of {suite}", unit="row"):
             keep = COMMON if _is_common(row) else 1
             if rng.random() < keep:
-                tasks.append(_varied_task(row, rng, made_up, banks, roles))
+                tasks.append(_varied_task(row, rng, variety))
     return tasks
 
 
 def fresh_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
-                        made_up: float = MADE_UP, banks: dict | None = None,
-                        forms: suites.Forms = suites.FORMS, roles: dict | None = None,
-                        any_field: bool = True) -> list:
+                        variety: Variety = Variety()) -> list:
     """Other fresh tasks, of which only the verdicts are to be learned: so many of each suite."""
     tasks = []
     for suite, count in counts.items():
-        for row in progress(_fresh_rows(suite, count, 1000 + seed, forms, any_field),
+        for row in progress(_fresh_rows(suite, count, 1000 + seed, variety),
                             what=f"verdicts of {suite}", unit="row"):
-            tasks.append(_varied_task(row, rng, made_up, banks, roles))
+            tasks.append(_varied_task(row, rng, variety))
     return tasks
 
 
-def _varied_task(row, rng, made_up, banks, roles) -> Task:
-    row = suites.rephrased(row, rng.choice, banks or {})
-    row = vary(row, rng, made_up)  # renames a domain's words, of which a role's may be one
-    row = suites.in_other_words(row, rng.choice, roles or {})
+def _varied_task(row, rng, variety) -> Task:
+    row = suites.rephrased(row, rng.choice, variety.banks)
+    row = vary(row, rng, variety.made_up)  # renames a domain's words; a role's may be one of them
+    row = suites.in_other_words(row, rng.choice, variety.roles)
     return task_from_row(row, "suites")
 
 
-def _fresh_rows(suite, n, seed, forms, any_field) -> list:
+def _fresh_rows(suite, n, seed, variety) -> list:
     """n rows of the train split, with whole tools in place of their names."""
     tools = {tool["name"]: tool for tool in suites.tool_rows()}
-    drawn = suites.generate(suite, "train", n, seed, any_field, forms)
+    drawn = suites.generate(suite, "train", n, seed, variety.any_field, variety.forms)
     rows = []
     for row in drawn:
         rows.append(row | {"tools": [tools[name] for name in row["tools"]]})

@@ -63,6 +63,7 @@ from data.demonstrator import (  # noqa: E402
     MIX,
     SHOWN,
     Demonstrator,
+    Variety,
     Verdict,
     before_decision,
     fresh_tasks,
@@ -266,7 +267,6 @@ N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the
     "benign": 100,      # nothing of all this
 }
 FIRST_CALLS = 0.20      # share of these verdicts that are on a task's first call
-MADE_UP = 0.4           # tiny takes .7; but here words have a meaning, and a cue's are renamed, too
 EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding included
     "compact": 2600,
     "chatml": 6200,     # --prompt full
@@ -276,6 +276,7 @@ N_NORMS = 32            # lines a step of who may have what
 GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
+
 # More words for the roles, none of which is among those of the split "wordings". A base that had
 # seen twelve words for twelve roles, and of a house owner said "a server gets", had learned those
 # words and not where a role stands.
@@ -306,6 +307,13 @@ OTHER_ROLES = {
     "repair man": ("handyman", "mechanic", "plumber", "repairer", "maintenance man", "fitter",
                    "repair worker"),
 }
+VARIETY = Variety(
+    made_up=0.4,       # tiny takes .7; but here words have a meaning, and a cue's are renamed, too
+    banks=PHRASES,
+    forms=suites.MORE_FORMS,
+    roles=OTHER_ROLES,
+    any_field=False,   # tiny's hold any; among so many a phone was withheld in .16 of the records
+)                      # that held one, and in doubt a base said yes
 
 # At last the gate by itself. All weights move this one choice, and a pass leaves it where the last
 # steps happened to push it: at .03 in risky steps where .30 was meant. At a high learning rate it
@@ -357,13 +365,11 @@ def warm_start(model, tokenizer, seed: int, n: int, state: "State") -> None:
 def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list, list]:
     """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights,
     rates, closed)]."""
-    tasks = fresh_tasks(
-        n, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES, any_field=False)
+    tasks = fresh_tasks(n, seed, rng, VARIETY)
     episodes = [gated_demonstration(task, rng, tokenizer, SHOWN, FINE) for task in tasks]
 
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
-    verdict_tasks = fresh_verdict_tasks(
-        counts, seed, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES, any_field=False)
+    verdict_tasks = fresh_verdict_tasks(counts, seed, rng, VARIETY)
     rng.shuffle(verdict_tasks)
     verdicts = []
     for task in verdict_tasks:
@@ -420,7 +426,7 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
     says it, as "a cook gets bank no hours yes rent no allergy yes phone no: hours, allergy". Each
     yes and no carries loss, and a quarter of it each token of the list behind them; there is no
     gate. Half of all fields stand in it, drawn blindly but for one that the role may have: in lines
-    of what it may have and as much more, .64 of the phones had a yes, where five of twelve roles
+    of what it may have and as much more, .64 of the phones had a yes, where four of twelve roles
     may have them, and in doubt a base said yes."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
@@ -530,9 +536,7 @@ def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
     small steps of all weights. Six minutes; it is not saved on the way."""
     rng = random.Random(seed + 100)  # fresh tasks, not those of the pass
     n_tasks = max(20, N_GATE_TASKS * n // N_TASKS)  # of 20 each suite has some
-    tasks = fresh_tasks(
-        n_tasks, seed + 100, rng, MADE_UP, PHRASES, suites.MORE_FORMS, OTHER_ROLES,
-        any_field=False)
+    tasks = fresh_tasks(n_tasks, seed + 100, rng, VARIETY)
     # It shows checks as often as they shall be opened. Set behind as many as SHOWN has, the gate
     # came to .26 there, and to .13 where agents play.
     shown = {True: MIX["check_risky"], False: MIX["check_harmless"]}

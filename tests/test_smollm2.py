@@ -40,7 +40,7 @@ import model as M  # noqa: E402
 import mosaic  # noqa: E402
 import train  # noqa: E402
 from data import demonstrator, smollm2, suites  # noqa: E402
-from data.demonstrator import MIX, fresh_tasks, fresh_verdict_tasks  # noqa: E402
+from data.demonstrator import MIX, Variety, fresh_tasks, fresh_verdict_tasks  # noqa: E402
 from data.gguf_file import read_gguf  # noqa: E402
 from mosaic import TEMPLATE, TOOL, USER, Dialogue  # noqa: E402
 
@@ -838,7 +838,8 @@ def test_a_cue_is_rephrased_within_its_kind():
 def test_a_line_of_the_norms_says_what_the_suite_says(compact):
     """A field that the scorer calls a secret, taught as "yes"; a list of other fields than those
     with a yes; loss on which field comes next; a role's other words that are the held-out split's;
-    another way to cut a check into tokens."""
+    another way to cut a check into tokens; a field that has a yes oftener than roles may have it
+    ("phone" had one in .64 of the lines, and in doubt a base said yes)."""
     others = [words for known in smollm2.OTHER_ROLES.values() for words in known]
     assert len(set(others)) == len(others)
     assert not set(others) & (suites.ROLE_WORDINGS.keys() | suites.NORMS.keys())
@@ -847,8 +848,8 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
 
     end = "\n</safety_thoughts>\n"
     rng = random.Random(0)
-    shown = set()
-    for _ in range(600):
+    shown = defaultdict(list)
+    for _ in range(1200):
         ids, weights, rates, _ = smollm2.norm_document(rng, compact)
         assert not any(rates) and len(rates) == len(ids)
         text = compact.decode(ids)
@@ -861,7 +862,7 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
         for name, decision in zip(names, decisions, strict=True):
             assert (decision == "yes") == (name in suites.NORMS[role].split())
             assert decision == "no" or name not in suites.NEVER
-            shown.add((role, name))
+            shown[role, name].append(decision)
         permitted = [name for name, said in zip(names, decisions) if said == "yes"]
         assert listed.split(", ") == permitted
         learned = [token for token, weight in zip(ids, weights) if weight]
@@ -869,13 +870,19 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
         decisive = [token for token, weight in zip(ids, weights) if weight == 4]
         assert compact.decode(decisive) == f" {' '.join(decisions)}"
     assert len(shown) == len(suites.NORMS) * len(suites.FIELDS)
+    for name in suites.FIELDS:
+        decisions = [said for role in suites.NORMS for said in shown[role, name]]
+        may = [name in fields.split() for fields in suites.NORMS.values()]
+        more = decisions.count("yes") / len(decisions) - sum(may) / len(may)
+        assert -0.06 < more < 0.14, name  # somewhat oftener, for no line is without a yes
 
 
 def test_a_check_names_the_role_in_the_user_s_words(compact):
     """Checks that were shown twelve roles and no other words for them: of a house owner the base
     said "a server gets". Words of the held-out split among those that are shown."""
     counts = {"harm": 4, "privacy": 200}
-    tasks = fresh_verdict_tasks(counts, 0, random.Random(0), roles=smollm2.OTHER_ROLES)
+    variety = Variety(roles=smollm2.OTHER_ROLES)
+    tasks = fresh_verdict_tasks(counts, 0, random.Random(0), variety)
     held_out = set(" ".join(suites.ROLE_WORDINGS).split())
     seen = defaultdict(set)
     for task in tasks[4:]:
@@ -893,7 +900,7 @@ def test_a_check_names_the_role_in_the_user_s_words(compact):
 
 def some_verdict_tasks():
     counts = {"harm": 80, "injection": 20, "privacy": 20, "benign": 20}
-    return fresh_verdict_tasks(counts, 0, random.Random(0), made_up=0)
+    return fresh_verdict_tasks(counts, 0, random.Random(0), Variety(made_up=0))
 
 
 def test_what_a_verdict_by_itself_is_about(compact):

@@ -553,6 +553,8 @@ class Variety(NamedTuple):
     banks: dict = {}                    # more phrases, see `suites.rephrased`
     forms: suites.Forms = suites.FORMS  # how users ask
     roles: dict = {}                    # more words for a role, see `suites.in_other_words`
+    attacks: dict = {}                  # more notes, see `suites.with_another_note`: orders ...
+    mentions: tuple = ()                # ... and look-alikes
     any_field: bool = True              # a record may hold any field, not its domain's alone
 
 
@@ -582,6 +584,7 @@ def fresh_verdict_tasks(counts: dict[str, int], seed: int, rng: random.Random,
 
 def _varied_task(row, rng, variety) -> Task:
     row = suites.rephrased(row, rng.choice, variety.banks)
+    row = suites.with_another_note(row, rng.choice, variety.attacks, variety.mentions)
     row = vary(row, rng, variety.made_up)  # renames a domain's words; a role's may be one of them
     row = suites.in_other_words(row, rng.choice, variety.roles)
     return task_from_row(row, "suites")

@@ -312,6 +312,8 @@ VARIETY = Variety(
     banks=PHRASES,
     forms=suites.MORE_FORMS,
     roles=OTHER_ROLES,
+    attacks=suites.MORE_ATTACKS,
+    mentions=suites.MORE_MENTIONS,
     any_field=False,   # tiny's hold any; among so many a phone was withheld in .16 of the records
 )                      # that held one, and in doubt a base said yes
 
@@ -323,13 +325,12 @@ VARIETY = Variety(
 #
 # It tells risky steps from others only so well, and of what it cannot tell apart it gives a rate
 # between the two. Told .30 and .04 it came to .20 and .07, where agents play to .12 and .11, and RL
-# had found nothing after twenty steps; told .45 and .04, to .22 and .08, and .10 and .08. From .44
-# and .17, .30 and .13 where agents play, RL learned. So it is told far more than is meant. Its
-# first steps swing: ended after eight, in which it had .41 and .17 on average, it stood at .66 and
-# .40.
+# had found nothing after twenty steps. So it is told far more than is meant: with .70 it comes to
+# .33 and .11, .17 and .07 where agents play, and RL begins to select after five steps. (Its first
+# steps swing. Ended after eight, in which it had .41 and .17 on average, it stood at .66 and .40.)
 N_GATE_TASKS = 440          # tasks drawn
 GATE_STEPS = 40             # of some twenty gates each
-GATE_RISKY = 0.70           # the rate that is told for risky steps
+GATE_RISKY = 0.70           # the rate that is told for risky steps, where MIX's is meant
 GATE_WINDOW = 8             # steps whose rates are printed
 GATE_LEARNING_RATE = 6e-6   # at 3e-5 it swings, still
 GATE_WARM_UP = 3            # steps

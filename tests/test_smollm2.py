@@ -898,6 +898,46 @@ def test_a_check_names_the_role_in_the_user_s_words(compact):
     assert suites.in_other_words(row, random.choice, smollm2.OTHER_ROLES) == row
 
 
+def test_a_note_is_worded_in_another_way():
+    """Eighteen orders, each of which says "call": a base read one of three others as an order. A
+    look-alike that became an order; a note that names another call; a wording, or a verb, of the
+    held-out split's among those that are shown."""
+    held_out = [wording for known in suites.UNSEEN_ATTACKS.values() for wording in known]
+    held_out += suites.UNSEEN_MENTIONS
+    orders = [wording for known in suites.MORE_ATTACKS.values() for wording in known]
+    assert suites.MORE_ATTACKS.keys() == suites.ATTACKS.keys()
+    for wording in (*orders, *suites.MORE_MENTIONS):
+        assert wording.count("{}") == 1
+        assert not set(re.findall("[a-z]+", wording.lower())) & {"run", "execute"}
+        for other in held_out:
+            alike = difflib.SequenceMatcher(None, wording.lower(), other.lower()).ratio()
+            assert alike < 0.66, (wording, other)
+
+    rng = random.Random(0)
+    changed = 0
+    wordings = set()
+    for row in suites.generate("injection", "train", 400, 0):
+        other = suites.with_another_note(
+            row, rng.choice, suites.MORE_ATTACKS, suites.MORE_MENTIONS)
+        note, before = other["meta"]["cue"], row["meta"]["cue"]
+        changed += note != before
+        wordings.add(other["meta"]["wording"])
+        if "injected" in row:
+            known = suites.MORE_ATTACKS[row["meta"]["style"]]
+            named = suites.spelled_out(row["injected"][0])
+        else:
+            known = suites.MORE_MENTIONS
+            named = re.search(r"\w+_\w+", before)[0]
+        assert other["meta"]["wording"] in (row["meta"]["wording"], *known)
+        assert note == other["meta"]["wording"].format(named)
+        back = json.loads(json.dumps(other).replace(json.dumps(note), json.dumps(before)))
+        back["meta"]["wording"] = row["meta"]["wording"]
+        assert back == row and json.dumps(row).count(json.dumps(before)) == 2
+    assert changed > 200 and len(wordings) > 70
+    row = suites.generate("injection", "train", 1, 0)[0]
+    assert suites.with_another_note(row, rng.choice, {}, ()) == row
+
+
 def some_verdict_tasks():
     counts = {"harm": 80, "injection": 20, "privacy": 20, "benign": 20}
     return fresh_verdict_tasks(counts, 0, random.Random(0), Variety(made_up=0))

@@ -238,17 +238,19 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # prompt's own words. It is shown the mixture of behaviours that tiny is shown (demonstrator.MIX),
 # and learns the form of a turn, to copy names and numbers into calls, and what a check says.
 #
-# A step shows some seven whole episodes and twenty verdicts by themselves. Episodes alone teach
+# A step shows some seven whole episodes and 24 verdicts by themselves. Episodes alone teach
 # the form, but not what a check should say: the one word that decides is one of a hundred that
 # carry loss. And from the 48 phrases of harm that tiny sees it would learn those 48: here are more.
-# The twenty are of all kinds. Batches of similar length were each of one kind: two of three
+# The 24 are of all kinds. Batches of similar length were each of one kind: two of three
 # orders in notes came in nine early steps, and at the end the base had forgotten them.
 #
 # Who may have what, 16 fields for each of 12 roles, can only be learned by heart. From some 300
 # verdicts the model learned to say yes to all, so each step shows lines of that table, too. They
 # end with the list of what is permitted: without it, in up to four of ten checks whose yes and no
-# were all right the list held other fields, and the message what the list said. And from some 50
-# messages behind a verdict it learned to paste the record, so here one follows each.
+# were all right the list held other fields, and the message what the list said. What is known in
+# such lines is not yet known behind a dialogue: with half as many privacy verdicts a fourth of
+# them had a wrong yes or no, where the loss of the lines was .02. And from some 50 messages behind
+# a verdict it learned to paste the record, so here one follows each.
 #
 # That nothing speaks against a call is shown in the same places as what does. Shown only behind
 # results, it stood behind every result, that of a harmful task, too.
@@ -261,18 +263,18 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # "the police ordered".
 N_TASKS = 760           # tasks drawn, of which 567 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
-    "harm": 970,        # harmful ones and their twins
+    "harm": 940,        # harmful ones and their twins
     "injection": 300,   # a note that was just read: an order, or a mention of one
-    "privacy": 440,     # a record that is about to be sent
+    "privacy": 800,     # a record that is about to be sent
     "benign": 100,      # nothing of all this
 }
-FIRST_CALLS = 0.20      # share of these verdicts that are on a task's first call
+FIRST_CALLS = 0.12      # share of these verdicts that are on a task's first call
 EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding included
     "compact": 2600,
     "chatml": 6200,     # --prompt full
 }
-N_VERDICTS = 20         # a step
-N_NORMS = 32            # lines a step of who may have what
+N_VERDICTS = 24         # a step
+N_NORMS = 24            # lines a step of who may have what
 GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
@@ -548,19 +550,25 @@ def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=GATE_LEARNING_RATE, betas=BETAS, weight_decay=0.0)
-    found = []  # of each step, the mean probability of opening a check: (risky, harmless)
+    risky_rates, harmless_rates = [], []  # of each step, the mean probability of opening a check
     bar = tqdm(batches, disable=None)
     for step, batch in enumerate(bar):
         _, risky, harmless = add_gradient(model, batch, opens, gate_weight=1.0)
         rate = GATE_LEARNING_RATE * schedule(step, len(batches), GATE_WARM_UP)
         take_step(model, optimizer, rate)
-        found.append((risky, harmless))
-        risky, harmless = np.nanmean(found[-GATE_WINDOW:], axis=0)  # NaN: no such gate in a batch
-        said = f"gate, risky {risky:.2f}, harmless {harmless:.2f}"
+        risky_rates.append(risky)
+        harmless_rates.append(harmless)
+        said = f"gate, risky {recent(risky_rates):.2f}, harmless {recent(harmless_rates):.2f}"
         bar.set_description(said)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(batches):
             tqdm.write(f"step {step + 1} of {len(batches)}, {said}")
     model.requires_grad_(False)
+
+
+def recent(rates: list) -> float:
+    """Mean of the last GATE_WINDOW rates; NaN stands for a batch without such a gate."""
+    known = [rate for rate in rates[-GATE_WINDOW:] if not math.isnan(rate)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def add_gradient(model, batch: tuple, opens: int, gate_weight: float) -> tuple:

@@ -397,7 +397,8 @@ def gated_demonstration(task: Task, rng: random.Random, tokenizer, shown: dict =
 
     rates: at a gate the rate at which a check shall be opened there, 0 on all other tokens and in
     slips. closed: at a gate the token that stands there if none is. The weights are those of
-    `demonstration`, but 0 at the gates: the one way that the episode went says less."""
+    `demonstration`, but 0 at the gates: the one way that the episode went says less. shown: how
+    often checks stand in it. mix: its other behaviours, and the rates."""
     ids, weights, gates = _demonstrate(task, rng, tokenizer, mix, shown, nothing_found)
     rates = [0.0] * len(ids)
     closed = [0] * len(ids)

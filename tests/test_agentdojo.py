@@ -344,11 +344,14 @@ def test_a_hijacked_agent_reads_every_attack():
 
 @needs_package
 def test_an_evaluation_has_a_row_for_each_suite(monkeypatch, capsys):
-    """A mean over suites that hides the one where all attacks land; no word on the version."""
+    """A mean over suites that hides the one where all attacks land; no word on the version; a
+    user's task that is played once for each of the attacker's goals, where no attacker speaks."""
     model = SimpleNamespace(lora=None, device="cpu", adapter_off=contextlib.nullcontext)
+    n_played = []
 
     def obeys_in_slack(model, tokenizer, tasks, *rest, **options):
         rollouts = []
+        n_played.append(len(tasks))
         for task in tasks:
             agent = hijacked if task.public["suite"] == "slack" and task.injected else silent
             rollouts.append(play(task, agent(task)))
@@ -370,8 +373,10 @@ def test_an_evaluation_has_a_row_for_each_suite(monkeypatch, capsys):
     for metric in ("injection_obeyed", "utility_under_attack", "refused"):
         assert cells[metric]["n"] == cells[f"{metric}/slack"]["n"] == 3
         assert "low" in cells[metric]
+    assert n_played == [3 + 1]  # three goals against one user's task, and that task alone
     assert cells["injection_obeyed"]["value"] == 1
     assert cells["obeyed_no_attack"]["value"] == 0
+    assert cells["obeyed_no_attack"]["n"] == 3
     assert cells["gate_recall"]["n"] > 0
     assert "over_refusal" not in cells
     assert "benign_completion" not in cells

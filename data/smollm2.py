@@ -255,12 +255,13 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # That nothing speaks against a call is shown in the same places as what does. Shown only behind
 # results, it stood behind every result, that of a harmful task, too.
 #
-# At a gate, where a check is opened or not, the loss is against the rate that is meant (MIX), and
-# not against the one way that the episode went: that three of ten harmful calls are checked does
-# not tell which. So a gate learns to read the phrase, too. One that did not was opened by RL at
-# every call alike, harmful or not. But a gate is a matter of chance: its gradient never ends. Where
-# gates counted as much as all words of a batch, the words were learned badly, and checks began with
-# "the police ordered".
+# At a gate, where a check is opened or not, the loss is against a rate, and not against the one way
+# that the episode went: that three of ten harmful calls are checked does not tell which. So a gate
+# learns to read the phrase, too. One that did not was opened by RL at every call alike, harmful or
+# not. The rates are far apart: from .30 and .04, which are meant (MIX), a gate learned to tell a
+# call behind a result from a task's first one, and not harm from a twin, and RL raised the gates
+# behind results alone. They are brought down at the end (`set_gate`). Where gates counted as much
+# as all words of a batch, the words were learned badly, and checks began with "the police ordered".
 N_TASKS = 760           # tasks drawn, of which 567 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 940,        # harmful ones and their twins
@@ -275,6 +276,7 @@ EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding
 }
 N_VERDICTS = 24         # a step
 N_NORMS = 24            # lines a step of who may have what
+GATE_TAUGHT = MIX | {"check_risky": 0.70, "check_harmless": 0.02}  # the rates until then
 GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
@@ -321,20 +323,16 @@ VARIETY = Variety(
     any_field=False,
 )
 
-# At last the gate by itself. All weights move this one choice, and a pass leaves it where the last
-# steps happened to push it: at .03 in risky steps where .30 was meant. At a high learning rate it
-# swings between .01 and .49 from step to step. RL, which selects, would find hardly a check to
-# select. So some 250 more episodes are shown at so low a learning rate that hardly anything else
-# moves. Their words carry loss, too: by its gates alone a base learned "tool" behind every "<".
+# At last the gate by itself, down to the rates that are meant. All weights move this one choice, and
+# a pass leaves it where the last steps happened to push it; at a high learning rate it swings
+# between .01 and .49 from step to step. So some 250 more episodes are shown at so low a learning
+# rate that hardly anything else moves. Their words carry loss, too: by its gates alone a base
+# learned "tool" behind every "<".
 #
-# It tells risky steps from others only so well, and of what it cannot tell apart it gives a rate
-# between the two. Told .30 and .04 it came to .20 and .07, where agents play to .12 and .11, and RL
-# had found nothing after twenty steps. So it is told far more than is meant: with .70 it comes to
-# .33 and .11, .17 and .07 where agents play, and RL begins to select after five steps. (Its first
-# steps swing. Ended after eight, in which it had .41 and .17 on average, it stood at .66 and .40.)
+# A base whose gates cannot tell risky steps from others comes to a rate between the two: .20 and
+# .07, where agents play .12 and .11, and RL had found nothing to select after twenty steps.
 N_GATE_TASKS = 440          # tasks drawn
 GATE_STEPS = 40             # of some twenty gates each
-GATE_RISKY = 0.70           # the rate that is told for risky steps, where MIX's is meant
 GATE_WINDOW = 8             # steps whose rates are printed
 GATE_LEARNING_RATE = 6e-6   # at 3e-5 it swings, still
 GATE_WARM_UP = 3            # steps
@@ -371,7 +369,8 @@ def documents_of(n: int, seed: int, tokenizer, rng: random.Random) -> tuple[list
     """What the model is shown -> whole episodes, and verdicts by themselves: [(ids, weights,
     rates, closed)]."""
     tasks = fresh_tasks(n, seed, rng, VARIETY)
-    episodes = [gated_demonstration(task, rng, tokenizer, SHOWN, FINE) for task in tasks]
+    episodes = [gated_demonstration(task, rng, tokenizer, SHOWN, FINE, GATE_TAUGHT)
+                for task in tasks]
 
     counts = {suite: count * n // N_TASKS for suite, count in N_VERDICT_TASKS.items()}
     verdict_tasks = fresh_verdict_tasks(counts, seed, rng, VARIETY)
@@ -507,7 +506,7 @@ def verdict_question(task: Task, tokenizer, first: bool = False) -> Question:
     opening = mosaic.encode_trusted(
         tokenizer, f"<think>\n{plan}\n</think>\n\n<safety_thoughts>\n")
     gate = len(dialogue.ids) + gate_in(opening, tokenizer)
-    rate = MIX["check_risky" if sandbox.risky() else "check_harmless"]
+    rate = GATE_TAUGHT["check_risky" if sandbox.risky() else "check_harmless"]
     return Question(dialogue.ids + opening, gate, rate, right, wrong, agent)
 
 
@@ -545,8 +544,7 @@ def set_gate(model, tokenizer, seed: int, n: int, opens: int) -> None:
     # It shows checks as often as they shall be opened. Set behind as many as SHOWN has, the gate
     # came to .26 there, and to .13 where agents play.
     shown = {True: MIX["check_risky"], False: MIX["check_harmless"]}
-    told = MIX | {"check_risky": GATE_RISKY}
-    episodes = [gated_demonstration(task, rng, tokenizer, shown, FINE, told) for task in tasks]
+    episodes = [gated_demonstration(task, rng, tokenizer, shown, FINE) for task in tasks]
     batches = list(one_pass(episodes, rng, EPISODE_TOKENS[tokenizer.family]))[:GATE_STEPS]
 
     model.requires_grad_(True)

@@ -1175,7 +1175,7 @@ def test_the_gate_is_set_in_episodes_like_those_that_agents_play(compact):
     often as the gate is told."""
     opens = mosaic.get_grammar(compact, "cpu").safety_token
     meant = {True: MIX["check_risky"], False: MIX["check_harmless"]}
-    told = MIX | {"check_risky": smollm2.GATE_RISKY}
+    told = smollm2.GATE_TAUGHT
     opened = {told["check_risky"]: [], told["check_harmless"]: []}
     slips = 0
     rng = random.Random(1)

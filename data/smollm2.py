@@ -429,15 +429,14 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
     """(ids, weights, rates, closed) of a line of who may have what, as a check of the privacy suite
     says it, as "a cook gets bank no hours yes rent no allergy yes phone no: hours, allergy". Each
     yes and no carries loss, and a quarter of it each token of the list behind them; there is no
-    gate. Half of all fields stand in it, drawn blindly but for one that the role may have: in lines
-    of what it may have and as much more, .64 of the phones had a yes, where four of twelve roles
-    may have them, and in doubt a base said yes."""
+    gate. Half of all fields stand in it, drawn blindly: in lines of what the role may have and as
+    much more, .64 of the phones had a yes, where four of twelve roles may have them, and in doubt a
+    base said yes. Where none is permitted the list says "nothing": a base that had seen no such
+    list named a field there that it had just denied, and sent it."""
     role = rng.choice(list(suites.NORMS))
     permitted = suites.NORMS[role].split()
     names = list(suites.FIELDS)
     fields = rng.sample(names, len(names) // 2)
-    while not set(fields) & set(permitted):
-        fields = rng.sample(names, len(names) // 2)
 
     words = rng.choice([role, *OTHER_ROLES[role]])
     ids = mosaic.encode_trusted(tokenizer, f"<safety_thoughts>\na {words} gets")
@@ -447,7 +446,7 @@ def norm_document(rng: random.Random, tokenizer) -> tuple:
         decision = tokenizer.encode(" yes" if name in permitted else " no")
         ids += field + decision
         weights += [0.0] * len(field) + [DECISION_WEIGHT] * len(decision)
-    listed = [name for name in fields if name in permitted]
+    listed = [name for name in fields if name in permitted] or ["nothing"]
     end = mosaic.encode_trusted(tokenizer, f": {', '.join(listed)}\n</safety_thoughts>\n")
     ids += end
     weights += [1.0] * len(end)

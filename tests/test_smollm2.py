@@ -839,7 +839,8 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
     """A field that the scorer calls a secret, taught as "yes"; a list of other fields than those
     with a yes; loss on which field comes next; a role's other words that are the held-out split's;
     another way to cut a check into tokens; a field that has a yes oftener than roles may have it
-    ("phone" had one in .64 of the lines, and in doubt a base said yes)."""
+    ("phone" had one in .64 of the lines, and in doubt a base said yes); a list that is never empty,
+    so that after no and no and no it names a field all the same."""
     others = [words for known in smollm2.OTHER_ROLES.values() for words in known]
     assert len(set(others)) == len(others)
     assert not set(others) & (suites.ROLE_WORDINGS.keys() | suites.NORMS.keys())
@@ -849,6 +850,7 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
     end = "\n</safety_thoughts>\n"
     rng = random.Random(0)
     shown = defaultdict(list)
+    empty = 0
     for _ in range(1200):
         ids, weights, rates, _ = smollm2.norm_document(rng, compact)
         assert not any(rates) and len(rates) == len(ids)
@@ -864,17 +866,19 @@ def test_a_line_of_the_norms_says_what_the_suite_says(compact):
             assert decision == "no" or name not in suites.NEVER
             shown[role, name].append(decision)
         permitted = [name for name, said in zip(names, decisions) if said == "yes"]
-        assert listed.split(", ") == permitted
+        assert listed.split(", ") == (permitted or ["nothing"])
+        empty += not permitted
         learned = [token for token, weight in zip(ids, weights) if weight]
         assert compact.decode(learned) == f" {' '.join(decisions)}: {listed}{end}"
         decisive = [token for token, weight in zip(ids, weights) if weight == 4]
         assert compact.decode(decisive) == f" {' '.join(decisions)}"
+    assert empty > 60
     assert len(shown) == len(suites.NORMS) * len(suites.FIELDS)
     for name in suites.FIELDS:
         decisions = [said for role in suites.NORMS for said in shown[role, name]]
         may = [name in fields.split() for fields in suites.NORMS.values()]
         more = decisions.count("yes") / len(decisions) - sum(may) / len(may)
-        assert -0.06 < more < 0.14, name  # somewhat oftener, for no line is without a yes
+        assert -0.06 < more < 0.06, name
 
 
 def test_a_check_names_the_role_in_the_user_s_words(compact):
@@ -1009,7 +1013,8 @@ def test_a_verdict_by_itself_says_how_often_it_shall_be_given(compact):
         assert ids[gate] == opens and weights[gate] == 0
         assert compact.decode([closed[gate]]) == "tool"
         rates_of[task.suite, task.label].add(rate)
-    risky, harmless = MIX["check_risky"], MIX["check_harmless"]
+    told = smollm2.GATE_TAUGHT
+    risky, harmless = told["check_risky"], told["check_harmless"]
     assert rates_of["harm", "harmful"] == {risky}
     # what cannot be undone is risky in a twin, too
     assert rates_of["harm", "benign"] == {risky, harmless}

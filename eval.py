@@ -466,8 +466,8 @@ def evaluate(player: Callable, tasks: list[Task],
 
 def what_shows(task: Task) -> tuple:
     """All that an agent can see of a task; two tasks for which it is equal play alike."""
-    scorer_s = "injection_task"  # AgentDojo's: which goal a verdict is asked about
-    public = {key: value for key, value in task.public.items() if key != scorer_s}
+    unseen = "injection_task"  # AgentDojo's: which goal a verdict is asked about
+    public = {key: value for key, value in task.public.items() if key != unseen}
     # tools as objects: those of equal names and schemas may still do different things
     return repr([task.messages, task.world, public]), tuple(map(id, task.tools))
 

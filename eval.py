@@ -113,7 +113,6 @@ from tools import (
     Task,
     Tool,
     call_text,
-    is_refusal,
     parse_turn,
     play,
 )
@@ -466,10 +465,8 @@ def evaluate(player: Callable, tasks: list[Task],
 
 def what_shows(task: Task) -> tuple:
     """All that an agent can see of a task; two tasks for which it is equal play alike."""
-    unseen = "injection_task"  # AgentDojo's: which goal a verdict is asked about
-    public = {key: value for key, value in task.public.items() if key != unseen}
     # tools as objects: those of equal names and schemas may still do different things
-    return repr([task.messages, task.world, public]), tuple(map(id, task.tools))
+    return repr([task.messages, task.world, task.public]), tuple(map(id, task.tools))
 
 
 def done_again(task: Task, rollout: Rollout) -> Rollout:
@@ -477,13 +474,7 @@ def done_again(task: Task, rollout: Rollout) -> Rollout:
     counts as obeyed in this one."""
     sandbox = Sandbox(task)
     for turn in rollout.turns:
-        if turn is None or turn.kind == "answer":  # executes nothing, as in `Episode.step`
-            sandbox.advance()
-            continue
-        for name, arguments in turn.calls:
-            sandbox.call(name, arguments)
-            if is_refusal(name, arguments):
-                break
+        sandbox.carry_out(turn)
     return replace(rollout, task=task, sandbox=sandbox)
 
 

@@ -192,6 +192,20 @@ class Sandbox:
         # the user's message. "": its last step ran no tool (an answer, a turn or call at fault).
         self.newest_source = None
 
+    def carry_out(self, turn: "Turn | None") -> list[str]:
+        """The calls of a turn, one after the other -> their results; none behind a refusal. A turn
+        without calls, which is an answer or did not parse (None), is a step all the same:
+        `refused_at` counts steps."""
+        if turn is None or turn.kind == "answer":
+            self.advance()
+            return []
+        results = []
+        for name, arguments in turn.calls:
+            results.append(self.call(name, arguments))
+            if is_refusal(name, arguments):
+                break
+        return results
+
     def call(self, name: str, arguments) -> str:
         """Carries out one call. arguments: an object, or its JSON text.
 
@@ -640,8 +654,8 @@ class Episode:
                 raise FormatError(fault)
             turn = parse_turn(text, self.think_given, self.parallel)
         except FormatError as error:
-            turn = None  # it executes nothing, but it has cost a step
-            self.sandbox.advance()
+            turn = None
+            self.sandbox.carry_out(turn)
             results = [json.dumps({"error": f"malformed turn: {error}"})]
         else:
             results = self._act(turn)
@@ -661,21 +675,18 @@ class Episode:
 
     def _act(self, turn: Turn) -> list:
         """Answers, or carries out the calls -> their results."""
+        results = self.sandbox.carry_out(turn)
         if turn.kind == "answer":
-            self.sandbox.advance()  # an answer is a step as well: `refused_at` counts steps
             self.user_message = next(self.later_messages, None)
             self.turns_before_message = len(self.turns) + 1  # `step` appends this turn later
             if self.user_message is None:
                 self.ended = "answer"
-            return []
+            return results  # none
 
-        results = []
-        for name, arguments in turn.calls:
-            results.append(self.sandbox.call(name, arguments))
-            if is_refusal(name, arguments):
-                if self.refusal == "terminal" or len(self.sandbox.refusals) > 1:
-                    self.ended = "refusal"
-                break
+        last_name, last_arguments = turn.calls[len(results) - 1]  # behind a refusal none is made
+        if is_refusal(last_name, last_arguments):
+            if self.refusal == "terminal" or len(self.sandbox.refusals) > 1:
+                self.ended = "refusal"
         return results
 
 

@@ -260,8 +260,9 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # learns to read the phrase, too. One that did not was opened by RL at every call alike, harmful or
 # not. The rates are far apart: from .30 and .04, which are meant (MIX), a gate learned to tell a
 # call behind a result from a task's first one, and not harm from a twin, and RL raised the gates
-# behind results alone. They are brought down at the end (`set_gate`). Where gates counted as much
-# as all words of a batch, the words were learned badly, and checks began with "the police ordered".
+# behind results alone. They are brought down at the end (`set_gate`). (This pair of rates has not
+# been run to its end.) Where gates counted as much as all words of a batch, the words were learned
+# badly, and checks began with "the police ordered".
 N_TASKS = 760           # tasks drawn, of which 567 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 940,        # harmful ones and their twins
@@ -276,7 +277,8 @@ EPISODE_TOKENS = {      # of a step's episodes, six to eight, by family; padding
 }
 N_VERDICTS = 24         # a step
 N_NORMS = 24            # lines a step of who may have what
-GATE_TAUGHT = MIX | {"check_risky": 0.70, "check_harmless": 0.02}  # the rates until then
+# What gates are told before `set_gate`; all else as in MIX.
+GATE_TAUGHT = MIX | {"check_risky": 0.70, "check_harmless": 0.02}
 GATE_WEIGHT = 0.1       # of the mean loss of a batch's gates, beside the mean of its words
 DECISION_WEIGHT = 4.0   # of a word where the right verdict and a wrong one part; others: 1
 PHRASES = suites.part_of(suites.MORE_BANKS, seen=True)
@@ -323,8 +325,8 @@ VARIETY = Variety(
     any_field=False,
 )
 
-# At last the gate by itself, down to the rates that are meant. All weights move this one choice, and
-# a pass leaves it where the last steps happened to push it; at a high learning rate it swings
+# At last the gate by itself, down to the rates that are meant. All weights move this one choice,
+# and a pass leaves it where the last steps happened to push it; at a high learning rate it swings
 # between .01 and .49 from step to step. So some 250 more episodes are shown at so low a learning
 # rate that hardly anything else moves. Their words carry loss, too: by its gates alone a base
 # learned "tool" behind every "<".

@@ -260,9 +260,9 @@ def write_checkpoint(content: bytes, out: Path) -> int:
 # learns to read the phrase, too. One that did not was opened by RL at every call alike, harmful or
 # not. The rates are far apart: from .30 and .04, which are meant (MIX), a gate learned to tell a
 # call behind a result from a task's first one, and not harm from a twin, and RL raised the gates
-# behind results alone. They are brought down at the end (`set_gate`). (This pair of rates has not
-# been run to its end.) Where gates counted as much as all words of a batch, the words were learned
-# badly, and checks began with "the police ordered".
+# behind results alone. They are brought down at the end (`set_gate`): a harmful first act is then
+# checked at .33, and a harmless one at .07. Where gates counted as much as all words of a batch,
+# the words were learned badly, and checks began with "the police ordered".
 N_TASKS = 760           # tasks drawn, of which 567 are shown whole (seed 0)
 N_VERDICT_TASKS = {     # of which only the verdict is shown, and of privacy the message behind it
     "harm": 940,        # harmful ones and their twins
